@@ -1,0 +1,25 @@
+# Two commands, each complete on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/vit_digits.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 tests
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first and pinned: left to another package, pip may choose a build of several GB.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,examples]'
+	touch $@

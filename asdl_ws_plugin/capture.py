@@ -1,0 +1,134 @@
+"""Hooks: what every layer of a model saw in one forward pass, and handles on the gradients of its outputs.
+
+Forward hooks only; they are gone as soon as the forward pass is over. Instead of backward hooks, the *gradient edge*
+of each output is kept: the place in the autograd graph where the gradient with respect to it arrives. An in-place
+activation after the layer, the user's own hooks, calls by keyword and repeated calls leave it valid, and
+``torch.autograd.grad`` up to these edges computes no weight gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+__all__ = ["Call", "Layer", "Record", "recording"]
+
+
+@dataclass
+class Call:
+    """One call of a layer. ``edge`` is where the gradient w.r.t. its output, of shape ``out_shape``, arrives."""
+
+    in_data: Tensor | None
+    out_shape: torch.Size
+    edge: GradientEdge
+    version: int
+
+    def unmodified_input(self, name: str) -> Tensor:
+        """The layer's input. Raises a RuntimeError if it was modified in place after the call."""
+        assert self.in_data is not None
+        if self.in_data._version != self.version:
+            raise RuntimeError(
+                f"Layer '{name}': its input was modified in place after the layer was called, so its curvature "
+                "cannot be computed. Use the out-of-place operation, or ignore_modules."
+            )
+        return self.in_data
+
+    def release_input(self) -> None:
+        """Let go of the input once everything that needs it was computed."""
+        self.in_data = None
+
+
+@dataclass
+class Layer:
+    """A layer whose curvature is wanted: all modules that hold its weight (one, unless the weight is tied)."""
+
+    name: str
+    module: nn.Module
+    shape: str
+    tied: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.module, *(module for _, module in self.tied)]
+
+
+@dataclass
+class Record:
+    """What :func:`recording` saw: the calls of each layer, and the layers that ran outside of autograd."""
+
+    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+    without_graph: set[nn.Module] = field(default_factory=set)
+
+
+def _output_edge(out: Tensor) -> GradientEdge:
+    base = out._base
+    if (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == out.numel()
+        and base.is_contiguous()
+        and out.is_contiguous()
+    ):
+        # F.linear returns a view for inputs of three dimensions. An in-place operation on a view rebuilds the view's
+        # node but keeps the base's, so the gradient is taken there.
+        return get_gradient_edge(base)
+    return get_gradient_edge(out)
+
+
+def _first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    values = values.values() if isinstance(values, dict) else values
+    if isinstance(values, (list, tuple)) or hasattr(values, "__iter__"):
+        for value in values:
+            if isinstance(value, Tensor):
+                return value
+    raise TypeError(f"Layer '{name}' ({type(module).__name__}): no tensor among its {what}.")
+
+
+@contextlib.contextmanager
+def recording(
+    layers: list[Layer], check: Callable[[Layer, nn.Module, Tensor, Tensor], None] | None = None
+) -> Iterator[Record]:
+    """Record the calls of these layers while the context is open; ``check(layer, module, in_data, out)`` on each.
+
+    Whatever torch.compile compiled runs eagerly meanwhile: compiled code skips hooks, or hides the outputs of inner
+    layers from autograd.
+    """
+    record = Record()
+    handles = []
+
+    def add_hook(layer: Layer, name: str, module: nn.Module) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            out = _first_tensor(name, module, "outputs", output)
+            if out.grad_fn is None:
+                record.without_graph.add(layer.module)
+                return
+            in_data = _first_tensor(name, module, "arguments", args or kwargs)
+            if check is not None:
+                check(layer, module, in_data, out)
+            call = Call(in_data.detach(), out.shape, _output_edge(out), in_data._version)
+            record.calls.setdefault(layer.module, []).append(call)
+
+        # First of all hooks: the user's own may replace the output.
+        handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+
+    eager = contextlib.nullcontext()
+    if "torch._dynamo" in sys.modules:
+        eager = torch.compiler.set_stance("force_eager")
+    try:
+        for layer in layers:
+            for name, module in [(layer.name, layer.module), *layer.tied]:
+                add_hook(layer, name, module)
+        with eager:
+            yield record
+    finally:
+        for handle in handles:
+            handle.remove()

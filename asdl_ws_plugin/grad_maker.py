@@ -1,0 +1,201 @@
+"""ASDL's natural-gradient makers for weight sharing: what has to differ from upstream, and nothing else.
+
+Schedules, the moving average, inverses and preconditioning are upstream's methods, inherited. The overrides below
+make a step a transaction, hand curvature to :class:`~asdl_ws_plugin.fisher_maker.WeightSharingFisherMaker`, and leave
+alone the layers that took no part in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from asdl.matrices import SHAPE_KFE, SHAPE_KRON, SHAPE_SWIFT_KRON
+from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
+from asdl.symmatrix import SymMatrix
+from asdl.vector import ParamVector
+from torch import Tensor, nn
+
+from .fisher_maker import WeightSharingFisherMaker
+from .matrices import copy_inverses, diagonals
+from .registry import supported_classes
+
+__all__ = ["WeightSharing", "weight_sharing_class"]
+
+
+class WeightSharing(NaturalGradientMaker):
+    """Mixed into a natural-gradient maker that was given ``shared_dim``."""
+
+    fisher_maker: WeightSharingFisherMaker
+    _zero_reported = False
+
+    # ------------------------------------------------------------------------------------------- what is read
+
+    @property
+    def plan(self) -> Any:
+        """The layers and what is done with them (:class:`~asdl_ws_plugin.plan.Plan`)."""
+        return self.fisher_maker.plan
+
+    @property
+    def setting(self) -> str | None:
+        """``'expand'`` or ``'reduce'``, what ``shared_dim='auto'`` decided; ``None`` if it has not."""
+        return self.plan.setting
+
+    @property
+    def shared_dim_for(self) -> dict[str, str | None]:
+        """Layer name -> strategy, for every layer that is preconditioned."""
+        return {layer.name: self.plan.strategy_of(layer) for layer in self.plan.layers}
+
+    # -------------------------------------------------------------------------------- a step is a transaction
+
+    def forward_and_backward(self) -> tuple[Any, Tensor]:
+        """One step: the gradient of the loss exactly as it was passed, preconditioned, added to ``.grad``.
+
+        Returns the model's output and the loss. A step that raises leaves ``.grad``, the curvature and the step count
+        as they were.
+        """
+        with self._undone_on_error():
+            return super().forward_and_backward()
+
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        # Only this step's gradient is preconditioned, so the gradients that are already there are set aside.
+        held = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        for p in held:
+            p.grad = None
+        before = {module: matrix for module in self.model.modules()
+                  if (matrix := self._get_module_fisher(module)) is not None}
+        inverses = [entry for matrix in before.values() for entry in copy_inverses(matrix)]
+        unseen, decay = self.fisher_maker.unseen, self.fisher_maker.decay
+        try:
+            yield
+        except BaseException:
+            for p in self.model.parameters():
+                p.grad = held.get(p)
+            for module in self.model.modules():
+                if module in before:
+                    self._set_module_fisher(module, before[module])
+                elif self._get_module_fisher(module) is not None:
+                    delattr(module, self._fisher_attr)
+            for holder, name, inverse in inverses:
+                setattr(holder, name, inverse)
+            self.fisher_maker.unseen, self.fisher_maker.decay = unseen, decay
+            raise
+        for p, grad in held.items():
+            p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+    # ----------------------------------------------------------------------------------------------- curvature
+
+    def _scale_fisher(self, scale: float) -> None:
+        # Upstream decays the average before the forward pass; a batch that fails would have decayed it. The Fisher
+        # maker does it when the new curvature is there.
+        self.fisher_maker.decay = scale
+
+    def update_curvature(self) -> None:
+        self.fisher_maker.decay = 1.0
+        super().update_curvature()
+
+    def update_preconditioner(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream's, with the factors restored to the last bit after damping was added and taken away again."""
+        named = [(layer.name, layer.module) for layer in self.plan.layers] + [("the model", self.model)]
+        matrices = [(name, matrix) for name, module in named
+                    if (matrix := self._get_module_fisher(module)) is not None]
+        saved = [(name, *pair) for name, matrix in matrices for pair in diagonals(matrix)]
+        if self.do_accumulate and not args and not kwargs:
+            for _, matrix in matrices:  # upstream leaves the inverse of a factor that became zero as it was
+                for holder, name, _ in copy_inverses(matrix):
+                    setattr(holder, name, None)
+        try:
+            super().update_preconditioner(*args, **kwargs)
+        except torch.linalg.LinAlgError as error:
+            name = next((name for name, view, copy in saved if not torch.equal(view, copy)), "?")
+            raise torch.linalg.LinAlgError(
+                f"Layer '{name}': its curvature plus damping {self.config.damping} is not positive definite; "
+                f"increase damping. ({error})"
+            ) from error
+        finally:
+            for _, view, copy in saved:
+                view.copy_(copy)
+        self._report_zero(matrices)
+
+    def _report_zero(self, matrices: list[tuple[str, SymMatrix]]) -> None:
+        zero = [name for name, matrix in matrices
+                if matrix.kron is not None and matrix.kron.has_data and not matrix.kron.has_inv]
+        if zero and self.do_accumulate and not self._zero_reported:
+            self._zero_reported = True
+            warnings.warn(
+                f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero, as it is behind a "
+                "zero-initialised head. Their gradients are not preconditioned until it is not.",
+                stacklevel=2,
+            )
+
+    # -------------------------------------------------------------------------------------------- which layers
+
+    def named_modules_for(self, shape: str) -> list[tuple[str, nn.Module]]:
+        return [(layer.name, layer.module) for layer in self.plan.layers_of(shape)]
+
+    def is_module_for_inv_and_precondition(self, module: nn.Module) -> bool:
+        return module in self.plan
+
+    def _precondition_module(
+        self, module: nn.Module, shape: str | None = None, vectors: ParamVector | None = None,
+        vec_weight: Tensor | None = None, vec_bias: Tensor | None = None, grad_scale: float | None = None,
+        use_inv: bool = True,
+    ) -> None:
+        """Upstream's, for a layer that took part in the last curvature update and has a gradient."""
+        given = vectors is not None or vec_weight is not None
+        matrix = self._get_module_fisher(module)
+        if module in self.fisher_maker.unseen or matrix is None:
+            return
+        trainable = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+        if not given and any(p.grad is None for p in trainable):
+            return
+        use_inv = use_inv and shape != SHAPE_KFE  # an eigenbasis is inverted as it is multiplied with
+        if module.weight.requires_grad or given:
+            super()._precondition_module(module, shape, vectors, vec_weight, vec_bias, grad_scale, use_inv)
+        elif shape in (SHAPE_KRON, SHAPE_SWIFT_KRON):  # the weight is frozen: the bias alone, by B alone
+            inverse = matrix.kron.B_inv
+            if inverse is not None:
+                grad: Any = module.bias.grad
+                grad.copy_(inverse @ grad.mul_(self.grad_scale if grad_scale is None else grad_scale))
+
+    # ------------------------------------------------------------------------------------------- distribution
+
+    def computational_cost(self, shape: str, module: nn.Module) -> float:
+        """Upstream's estimate, without its assertion on the class's name."""
+        return sum(p.numel() for p in module.parameters(recurse=False)) ** 0.3
+
+    def get_distr_prec_partition(self) -> list[list[int]]:
+        if self.world_size > 1:
+            return super().get_distr_prec_partition()
+        # Everything is rank 0's. Layers may be frozen and unfrozen later, so there is room for all of them.
+        room = sum(1 for _ in self.model.modules())
+        return [[0] * room for _ in _module_level_shapes]
+
+
+@functools.cache
+def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[WeightSharing]:
+    """The same gradient maker with :class:`WeightSharing` mixed in; an instance of it is an instance of both."""
+    if issubclass(maker_class, WeightSharing):
+        return maker_class
+    return type(
+        maker_class.__name__,
+        (WeightSharing, maker_class),
+        {"__doc__": maker_class.__doc__, "__module__": maker_class.__module__,
+         "_supported_classes": property(lambda self: supported_classes())},
+    )
+
+
+def check(maker: WeightSharing) -> None:
+    """Refuse what upstream computes wrongly and this package does not mend."""
+    if maker.world_size > 1 and not maker.do_accumulate:
+        raise NotImplementedError(
+            "Distributed training needs the moving average: without it ASDL averages the owner's preconditioned "
+            "gradients with the other ranks' raw ones. Set ema_decay in the PreconditioningConfig."
+        )
+    if maker.do_accumulate and maker.plan.layers_of(SHAPE_KFE):
+        raise ValueError("The shape 'kfe' has no moving average; leave ema_decay out of the PreconditioningConfig.")

@@ -1,0 +1,139 @@
+"""Which dimension of a layer's tensor is the batch, and how many examples there are (contract, section 4).
+
+There are two layouts. *Batch first* is ``(N·k, *, P)``: examples outermost, with positions merged into the batch or
+not (the windows of a Swin Transformer, a decoder that flattens). *Sequence first* is ``(R, N, *, P)`` or, flattened,
+``(R·N, P)``. A layer's layout is settled once, by the first of these that says something: the user's rule, the
+``batch_first`` of the enclosing module, the sizes of a batch that only one layout fits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .rules import BATCH_FIRST, SEQUENCE_FIRST
+
+__all__ = ["LayoutBook", "declared_layout", "examples_first", "infer_num_examples", "leading_sizes"]
+
+
+def declared_layout(model: nn.Module, name: str) -> str | None:
+    """What the modules around a layer say about its layout, the innermost first; ``None`` if they say nothing."""
+    path = name.split(".") if name else []
+    for depth in range(len(path), -1, -1):
+        module = model.get_submodule(".".join(path[:depth]))
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            module = module.self_attn  # torch keeps the option of the whole layer there
+        batch_first = getattr(module, "batch_first", None)
+        if isinstance(batch_first, bool):
+            return BATCH_FIRST if batch_first else SEQUENCE_FIRST
+    return None
+
+
+def fits(layout: str, shape: Sequence[int], num_examples: int) -> bool:
+    """Whether a tensor ``(*sizes, features)`` of these leading sizes can hold that many examples in that layout."""
+    if layout == BATCH_FIRST:
+        return shape[0] % num_examples == 0
+    return shape[1] == num_examples if len(shape) > 1 else shape[0] % num_examples == 0
+
+
+def examples_first(x: Tensor, num_examples: int, layout: str, num_feature_dims: int = 1) -> Tensor:
+    """``(N·k, *, features)`` or ``(R, N, *, features)`` to ``(N, R, features)``; a view wherever one exists."""
+    x = x.flatten(-num_feature_dims) if num_feature_dims > 1 else x
+    features = x.shape[-1]
+    if layout == BATCH_FIRST:
+        return x.reshape(num_examples, -1, features)
+    if x.ndim == 2:  # (r n) p
+        x = x.reshape(-1, num_examples, features)
+    return x.transpose(0, 1).reshape(num_examples, -1, features)
+
+
+class LayoutBook:
+    """The layouts of one model's layers: those that rules and modules declare, and those that batches settled."""
+
+    def __init__(self) -> None:
+        self.rule: dict[nn.Module, str] = {}
+        self.declared: dict[nn.Module, str] = {}
+        self.settled: dict[nn.Module, str] = {}
+
+    def resolve(self, name: str, module: nn.Module, shape: Sequence[int], num_examples: int) -> str:
+        """The layout of a layer's tensor of these leading sizes (features left out).
+
+        Settles it if this batch determines it. Raises a ValueError if no layout fits, or not the settled one.
+        """
+        settled = self.rule.get(module) or self.settled.get(module)
+        if settled is not None:
+            if not fits(settled, shape, num_examples):
+                origin = "by its rule" if module in self.rule else "as earlier batches showed"
+                raise ValueError(
+                    f"Layer '{name}': its input is {settled} {origin}, but leading sizes {tuple(shape)} do not "
+                    f"hold {num_examples} examples that way. {_remedy(name)}"
+                )
+            return settled
+        candidates = [layout for layout in (BATCH_FIRST, SEQUENCE_FIRST) if fits(layout, shape, num_examples)]
+        if len(shape) == 1:  # rows without a dimension of their own for the positions: the modules around decide
+            candidates = candidates[:1]
+        if not candidates:
+            raise ValueError(
+                f"Layer '{name}': none of the leading sizes {tuple(shape)} of its input matches the {num_examples} "
+                f"examples of the batch. {_remedy(name)}"
+            )
+        declared = self.declared.get(module)
+        if declared in candidates or (declared is not None and len(shape) == 1 and candidates):
+            self.settled[module] = declared
+            return declared
+        if len(candidates) == 1:
+            # (N, P) has no positions and (N·k, P) may be either: only a dimension of its own tells something.
+            if len(shape) > 1 and num_examples > 1:
+                self.settled[module] = candidates[0]
+        elif num_examples > 1:
+            self.settled[module] = BATCH_FIRST
+            warnings.warn(
+                f"Layer '{name}': its input's leading sizes {tuple(shape)} fit {num_examples} examples both batch "
+                f"first and sequence first. Batch first is assumed; if that is wrong, add the rule "
+                f"('{name}', 'sequence_first') to shared_dim.",
+                stacklevel=2,
+            )
+        return candidates[0]
+
+
+def _remedy(name: str) -> str:
+    return (
+        f"Give its layout by a rule in shared_dim, as in ('{name}', 'reduce', 'sequence_first'), or leave the layer "
+        f"to the first-order optimizer with ignore_modules=['{name}']."
+    )
+
+
+def leading_sizes(value: Any) -> tuple[int, ...] | None:
+    """The sizes of the first tensor with at least one dimension in a nest of arguments; ``None`` if there is none."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape) if value.ndim else None
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((sizes for item in value if (sizes := leading_sizes(item))), None)
+    return None
+
+
+def infer_num_examples(
+    logits_sizes: Sequence[int], input_sizes: Sequence[int] | None, sequence_first_sizes: Sequence[int] | None
+) -> int:
+    """The number of examples of a batch.
+
+    Args:
+        logits_sizes: the sizes of the logits without classes: ``(N,)``, ``(N, *)``, ``(R, N, *)`` or ``(N·R,)``.
+        input_sizes: the sizes of the model's first tensor argument, if it has one.
+        sequence_first_sizes: the leading sizes ``(R, N, ...)`` of a layer that is declared sequence first.
+    """
+    first = logits_sizes[0]
+    if sequence_first_sizes is not None and len(sequence_first_sizes) > 1:
+        candidate = sequence_first_sizes[1]
+        if candidate in logits_sizes[:2] or first % candidate == 0:
+            return candidate
+    if len(logits_sizes) > 1 or input_sizes is None:
+        return first
+    if 0 < input_sizes[0] < first and first % input_sizes[0] == 0:  # a loss term for every position, flattened
+        return input_sizes[0]
+    return first

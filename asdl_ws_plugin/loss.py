@@ -1,0 +1,317 @@
+"""The user's loss, read off as it is computed, and the output gradients that sample or enumerate its curvature.
+
+The user's loss is called exactly as it was passed. While it runs, :class:`LossObserver` sees which of PyTorch's loss
+functions it calls and with what, so the terms of the loss, what it averages over and which terms it leaves out are
+known for functions, modules, lambdas, partials and ASDL's ``setup_loss_repr`` alike.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .factors import accumulation_dtype
+
+__all__ = ["LOSS_BINARY_CROSS_ENTROPY", "LossObserver", "LossTerms", "exact_output_grads", "sampled_output_grads"]
+
+LOSS_BINARY_CROSS_ENTROPY = "binary_cross_entropy"
+LOSS_TYPES = (LOSS_CROSS_ENTROPY, LOSS_MSE, LOSS_BINARY_CROSS_ENTROPY)
+
+# torch function -> loss type
+_OBSERVED: dict[Any, str] = {
+    F.cross_entropy: LOSS_CROSS_ENTROPY,
+    F.nll_loss: LOSS_CROSS_ENTROPY,  # the softmax of log-probabilities are the probabilities: the same Fisher
+    F.mse_loss: LOSS_MSE,
+    F.binary_cross_entropy_with_logits: LOSS_BINARY_CROSS_ENTROPY,
+}
+_SIGNATURES = {function: inspect.signature(function) for function in _OBSERVED}
+
+
+@dataclass
+class Observation:
+    """One call of one of PyTorch's loss functions."""
+
+    loss_type: str
+    arguments: dict[str, Any]
+    output: Tensor
+
+    @property
+    def input(self) -> Tensor:
+        return self.arguments["input"]
+
+
+class LossObserver(TorchFunctionMode):
+    """Notes the calls of PyTorch's loss functions that are made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observations: list[Observation] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        loss_type = _OBSERVED.get(func)
+        if loss_type is not None:
+            bound = _SIGNATURES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
+            if arguments.get("size_average") is not None or arguments.get("reduce") is not None:
+                size_average, reduce = arguments.get("size_average"), arguments.get("reduce")
+                arguments["reduction"] = "none" if reduce is False else "sum" if size_average is False else "mean"
+            if arguments["input"].requires_grad:
+                self.observations.append(Observation(loss_type, arguments, output))
+        return output
+
+
+@dataclass
+class LossTerms:
+    """The terms of the loss and how the loss is made of them.
+
+    Attributes:
+        logits: the tensor that the terms are functions of; part of the autograd graph.
+        class_dim: its dimension of classes or outputs; every other index is one term.
+        weight: the terms' weights in the summed loss, broadcastable to ``logits``; ``None``: all 1. A term that the
+            loss leaves out has weight 0.
+        num_terms: T, the number of terms that the loss averages over; 1 for a sum (contract, section 2).
+        sum_factor: the gradient of the summed loss is ``sum_factor`` times that of the loss.
+    """
+
+    logits: Tensor
+    class_dim: int
+    weight: Tensor | None
+    num_terms: Tensor | float
+    sum_factor: Tensor | float
+
+    @property
+    def num_rows(self) -> int:
+        """The number of terms, those of weight 0 included."""
+        return self.logits.numel() // max(1, self.logits.shape[self.class_dim] if self.logits.ndim else 1)
+
+
+def read_loss(
+    loss: Tensor | None,
+    observations: list[Observation],
+    logits: Tensor,
+    loss_type: str | None,
+    reduction: str | None,
+) -> LossTerms:
+    """What the loss is made of.
+
+    Args:
+        loss: the user's loss, or ``None`` if it was not computed.
+        observations: what :class:`LossObserver` saw.
+        logits: the model's logits, used where nothing was observed.
+        loss_type: the likelihood that the curvature is of; ``None`` where it does not matter (``fisher_emp``).
+        reduction: what the loss function says of itself, used where nothing was observed.
+
+    Raises:
+        ValueError: the loss is of another type than ``loss_type``; it calls several loss functions; the logits have
+            their classes in the second of three or more dimensions.
+    """
+    if loss is not None and observations:
+        observed = _the_one(loss, observations, logits)
+        if observed is not None:
+            if loss_type is not None and observed.loss_type != loss_type:
+                raise ValueError(
+                    f"loss_type is '{loss_type}', but the loss is '{observed.loss_type}'. Pass "
+                    f"loss_type='{observed.loss_type}' to the gradient maker."
+                )
+            return _observed_terms(loss, observed, logits)
+    rows = max(1, logits[..., 0].numel() if logits.ndim > 1 else logits.numel())
+    if reduction not in ("sum", "mean") and loss is not None:
+        warnings.warn(
+            "The loss calls none of torch's cross_entropy, mse_loss or binary_cross_entropy_with_logits, so what it "
+            "averages over is not known. The mean over all terms is assumed; pass data_size to be independent of it "
+            "(with fisher_mc or fisher_exact), or give the loss an attribute reduction = 'sum' or 'mean'.",
+            stacklevel=2,
+        )
+    count = 1 if reduction == "sum" else rows
+    return LossTerms(logits if logits.ndim > 1 else logits.unsqueeze(-1), -1, None, count, count)
+
+
+def _the_one(loss: Tensor, observations: list[Observation], logits: Tensor) -> Observation | None:
+    """The observation that the loss is made of; ``None`` if there is none."""
+    if len(observations) == 1 and observations[0].output is loss:
+        return observations[0]
+    grads = torch.autograd.grad(loss, [o.output for o in observations], retain_graph=True, allow_unused=True)
+    used = [o for o, grad in zip(observations, grads, strict=True) if grad is not None]
+    if len(used) > 1:
+        used = [o for o in used if o.input is logits or o.input.data_ptr() == logits.data_ptr()]
+        if len(used) != 1:
+            raise ValueError(
+                f"The loss is made of {len(observations)} calls of torch's loss functions, and it is not clear which "
+                "the curvature is of. Select its logits with setup_logits_repr."
+            )
+    return used[0] if used else None
+
+
+def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> LossTerms:
+    arguments, x = observed.arguments, observed.input
+    classes = observed.loss_type == LOSS_CROSS_ENTROPY
+    if classes and x is logits and x.ndim > 2:
+        raise ValueError(
+            f"The logits have sizes {tuple(x.shape)} with their {x.shape[1]} classes in the second dimension; they "
+            "have to be (N, C) or (N, *, C). Return them with the classes last, or select them with "
+            "setup_logits_repr(y.movedim(1, -1))."
+        )
+    class_dim = (1 if x.ndim > 1 else 0) if classes else -1
+    if classes:
+        weight = _class_weights(arguments, x, class_dim)
+    else:
+        weight = _element_weights(arguments, x)
+        if x.ndim == 0 or (x.ndim < logits.ndim and x.numel() == logits.numel()):
+            x = _row_view(x, logits)  # the terms are rows of the logits, also where the loss saw them flattened
+            weight = None if weight is None else weight.reshape(x.shape)
+        elif x.ndim == 1:
+            x, weight = x.unsqueeze(-1), None if weight is None else weight.unsqueeze(-1)
+    num_rows = x.numel() // max(1, x.shape[class_dim])
+
+    outer = (
+        torch.ones((), dtype=loss.dtype, device=loss.device)
+        if observed.output is loss
+        else torch.autograd.grad(loss, observed.output, retain_graph=True)[0]
+    )
+    reduction = arguments["reduction"]
+    if reduction == "none" and observed.output.ndim:
+        # The user reduces the terms: the weights are what the loss does with each.
+        outer = outer.reshape(x.shape) if not classes else outer.unsqueeze(class_dim)
+        count = torch.count_nonzero(outer)
+        mean_weight = outer.sum() / count
+        relative = outer / mean_weight
+        weight = relative if weight is None else weight * relative
+        num_terms: Tensor | float = 1 / mean_weight
+        if not classes and torch.isclose(outer.sum(), outer.new_ones(())):  # mean over elements: terms are rows
+            num_terms = torch.count_nonzero(outer.ne(0).any(-1))
+        return LossTerms(x, class_dim, weight, num_terms, 1 / mean_weight)
+    if reduction == "sum":
+        return LossTerms(x, class_dim, weight, 1 / outer, 1 / outer)
+    if classes:
+        hard = not torch.is_floating_point(arguments["target"])
+        total = weight.sum() if weight is not None and hard else num_rows
+        return LossTerms(x, class_dim, weight, total / outer, total / outer)
+    rows = num_rows if weight is None else torch.count_nonzero(weight.ne(0).expand_as(x).any(-1))
+    return LossTerms(x, class_dim, weight, rows / outer, x.numel() / outer)
+
+
+def _row_view(x: Tensor, logits: Tensor) -> Tensor:
+    return x.reshape(logits.shape) if logits.ndim > 1 else x.reshape(-1, 1)
+
+
+def _class_weights(arguments: dict[str, Any], x: Tensor, class_dim: int) -> Tensor | None:
+    """Weights of cross-entropy terms: class weights, and 0 for ``ignore_index`` (compared with the *labels*)."""
+    target, class_weight = arguments["target"], arguments["weight"]
+    if torch.is_floating_point(target):  # probabilities
+        if class_weight is not None:
+            target = target * class_weight.reshape([-1 if d == class_dim else 1 for d in range(x.ndim)])
+        used = target.sum(class_dim, keepdim=True)
+        return used.to(x.dtype) if class_weight is not None else used.ne(0).to(x.dtype)
+    labelled = target != arguments["ignore_index"]
+    weight = labelled.to(x.dtype)
+    if class_weight is not None:
+        weight = weight * class_weight[target.where(labelled, 0)]
+    return weight.unsqueeze(class_dim) if x.ndim > 1 else weight
+
+
+def _element_weights(arguments: dict[str, Any], x: Tensor) -> Tensor | None:
+    """Weights of the elements of an MSE or BCE: ``weight``, and what ``pos_weight`` does to the second derivative."""
+    weight, pos_weight = arguments.get("weight"), arguments.get("pos_weight")
+    if weight is not None:
+        weight = weight.to(x.dtype).expand_as(x)
+    if pos_weight is not None:
+        positive = 1 + (pos_weight - 1) * arguments["target"]
+        weight = positive if weight is None else weight * positive
+    return weight
+
+
+def _half_precision(var: Any, logits: Tensor) -> float | Tensor:
+    """``Λ^{1/2}`` of the Gaussian likelihood: a number, or a ``(C, C)`` matrix whose columns are gradients."""
+    if not isinstance(var, Tensor):
+        return 1 / math.sqrt(var)
+    var = var.to(logits)
+    if var.ndim == 2:
+        cholesky = torch.linalg.cholesky(var)
+        return torch.linalg.inv(cholesky).mT
+    return torch.diag(var.expand(logits.shape[-1]).rsqrt())
+
+
+def sampled_output_grads(
+    terms: LossTerms, loss_type: str, var: Any = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Gradient of the negative log-likelihood of one label drawn for each term, of the shape of ``terms.logits``.
+
+    Its second moment is the loss Hessian (eq. 3.35), weighted as the loss weights its terms.
+    """
+    with torch.no_grad():
+        logits = terms.logits.detach()
+        logits = logits.to(accumulation_dtype(logits.dtype))
+        if loss_type == LOSS_CROSS_ENTROPY:
+            grads = torch.softmax(logits, terms.class_dim)
+            probs = grads.movedim(terms.class_dim, -1)
+            labels = torch.multinomial(probs.reshape(-1, probs.shape[-1]), 1, generator=generator)
+            labels = labels.reshape(*probs.shape[:-1], 1).movedim(-1, terms.class_dim)
+            grads = grads.scatter_add(terms.class_dim, labels, -torch.ones_like(labels, dtype=grads.dtype))
+        elif loss_type == LOSS_BINARY_CROSS_ENTROPY:
+            probs = torch.sigmoid(logits)
+            grads = probs - torch.bernoulli(probs, generator=generator)
+        else:
+            noise = torch.randn(logits.shape, dtype=logits.dtype, device=logits.device, generator=generator)
+            root = _half_precision(var, logits)
+            grads = noise @ root.mT if isinstance(root, Tensor) else noise * root
+        return _weighted(grads, terms).to(terms.logits.dtype)
+
+
+def exact_output_grads(
+    terms: LossTerms, loss_type: str, position: Tensor, num_positions: int, var: Any = 1.0
+) -> Iterator[Tensor]:
+    """The columns of the loss Hessians' square roots, one position at a time.
+
+    Terms at different positions of an example must not be back-propagated together, or their products would count
+    (contract, section 5); terms of different examples may.
+
+    Args:
+        position: the position of each term within its example, shape ``(rows,)``.
+        num_positions: R', the number of positions.
+
+    Yields:
+        ``num_positions * C`` tensors of the shape of ``terms.logits``.
+    """
+    with torch.no_grad():
+        logits = terms.logits.detach().to(accumulation_dtype(terms.logits.dtype)).movedim(terms.class_dim, -1)
+        num_classes = logits.shape[-1]
+        eye = torch.eye(num_classes, dtype=logits.dtype, device=logits.device)
+        if loss_type == LOSS_CROSS_ENTROPY:
+            probs = torch.softmax(logits, -1)
+        elif loss_type == LOSS_BINARY_CROSS_ENTROPY:
+            probs = torch.sigmoid(logits)
+        else:
+            root = _half_precision(var, logits)
+            columns = root.mT if isinstance(root, Tensor) else eye * root
+        for c in range(num_classes):
+            if loss_type == LOSS_CROSS_ENTROPY:
+                grads = (probs - eye[c]) * probs[..., c, None].sqrt()
+            elif loss_type == LOSS_BINARY_CROSS_ENTROPY:
+                grads = (probs * (1 - probs)).sqrt() * eye[c]
+            else:
+                grads = columns[c].expand_as(logits)
+            grads = _weighted(grads.movedim(-1, terms.class_dim), terms)
+            for r in range(num_positions):
+                if num_positions == 1:
+                    part = grads
+                else:
+                    here = (position == r).reshape(logits.shape[:-1]).unsqueeze(-1).movedim(-1, terms.class_dim)
+                    part = grads * here
+                yield part.to(terms.logits.dtype)
+
+
+def _weighted(grads: Tensor, terms: LossTerms) -> Tensor:
+    return grads if terms.weight is None else grads * terms.weight.to(grads.dtype).sqrt()
