@@ -59,12 +59,27 @@ class Layer:
         return [self.module, *(module for _, module in self.tied)]
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
-    """What :func:`recording` saw: the calls of each layer, and the layers that ran outside of autograd."""
+    """What :func:`recording` saw.
+
+    Attributes:
+        calls: the calls of each layer.
+        without_graph: the layers that ran outside of autograd.
+        positions: what was said of the rows of each module while the model ran.
+    """
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     without_graph: set[nn.Module] = field(default_factory=set)
+    positions: dict[nn.Module, Any] = field(default_factory=dict)
+
+
+_records: list[Record] = []
+
+
+def current_record() -> Record | None:
+    """The record that is being made, if one is."""
+    return _records[-1] if _records else None
 
 
 def _output_edge(out: Tensor) -> GradientEdge:
@@ -128,7 +143,10 @@ def recording(
             for name, module in [(layer.name, layer.module), *layer.tied]:
                 add_hook(layer, name, module)
         with eager:
+            _records.append(record)
             yield record
     finally:
+        if record in _records:
+            _records.remove(record)
         for handle in handles:
             handle.remove()

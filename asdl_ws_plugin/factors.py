@@ -20,9 +20,11 @@ Layers" (2023).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "accumulation_dtype",
@@ -106,7 +108,7 @@ def per_example_square_sum(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def _windows(x: Tensor, conv: Any) -> Tensor:
     """A view of all patches: ``(N, C, H, W) -> (N, C, H', W', kh, kw)``. Copies only what padding adds."""
     pads = conv._reversed_padding_repeated_twice
     if any(pads):
@@ -116,13 +118,13 @@ def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return x
 
 
-def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def patches(x: Tensor, conv: Any) -> Tensor:
     """What a convolution's weight is multiplied with: ``(N, C, H, W) -> (N, H'·W', C·kh·kw)``, one copy."""
     windows = _windows(x, conv)
     n, _, height, width, _, _ = windows.shape
     return windows.permute(0, 2, 3, 1, 4, 5).reshape(n, height * width, -1)  # n c h w i j -> n (h w) (c i j)
 
 
-def mean_patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def mean_patches(x: Tensor, conv: Any) -> Tensor:
     """``patches(x, conv).mean(1, keepdim=True)`` without materialising the patches: ``(N, 1, C·kh·kw)``."""
     return _windows(x, conv).mean((2, 3), dtype=accumulation_dtype(x.dtype)).flatten(1).unsqueeze(1)

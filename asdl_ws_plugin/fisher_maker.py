@@ -8,33 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from asdl.fisher import FisherConfig, FisherMaker
-from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_FULL, SHAPE_KFE, SHAPE_LAYER_WISE
-from asdl.operations import (
-    OP_BATCH_GRADS,
-    OP_COV,
-    OP_COV_DIAG,
-    OP_COV_KFE,
-    OP_COV_KRON,
-    OP_COV_SWIFT_KRON,
-    OP_COV_UNIT_WISE,
-    OP_CVP,
-    Operation,
-    OperationContext,
-)
+from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_FULL, SHAPE_KFE
 from asdl.symmatrix import SymMatrix
 from asdl.utils import record_original_requires_grad
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
-from . import factors
-from .capture import Call, Layer, Record, recording
-from .layout import examples_first, infer_num_examples, leading_sizes
+from .batch import Batch
+from .capture import Layer, Record, recording
+from .layout import infer_num_examples, leading_sizes
 from .loss import (
     LOSS_TYPES,
     LossObserver,
@@ -45,7 +32,8 @@ from .loss import (
 )
 from .matrices import corrected, merge, tensors
 from .plan import Plan
-from .rules import BATCH_FIRST, SEQUENCE_FIRST
+from .positions import Positions, positions_of
+from .rules import SEQUENCE_FIRST
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
 
@@ -53,15 +41,6 @@ FISHER_FORWARD_ONLY = "fisher_forward_only"
 FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
-_OPERATIONS = {
-    "full": OP_BATCH_GRADS,
-    "layer_wise": OP_COV,
-    "kron": OP_COV_KRON,
-    "swift_kron": OP_COV_SWIFT_KRON,
-    "kfe": OP_COV_KFE,
-    "unit_wise": OP_COV_UNIT_WISE,
-    "diag": OP_COV_DIAG,
-}
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -178,7 +157,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
         loss_type = None if self.is_fisher_emp else config.loss_type
         terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
-        num_examples = self._num_examples(layers, record)
+        num_examples, positions = self._num_examples(layers, record)
         plan.decide(terms.num_rows, num_examples)
         if data_size == _INVALID_DATA_SIZE:
             if loss is None:
@@ -190,7 +169,7 @@ class WeightSharingFisherMaker(FisherMaker):
             scale_B = scale_A
 
         self._record_requires_grad()
-        batch = _Batch(self, layers, record, num_examples, scale_A, fvp=fvp, vec=vec)
+        batch = Batch(self.model, plan, layers, record, num_examples, positions, scale_A, fvp=fvp, vec=vec)
         batch.take_inputs()
         self._backward(batch, terms, loss, scale_B, calc_loss_grad)
         self.unseen = batch.unseen()
@@ -212,7 +191,7 @@ class WeightSharingFisherMaker(FisherMaker):
         return record, loss, observer.observations
 
     def _backward(
-        self, batch: _Batch, terms: LossTerms, loss: Tensor | None, scale_B: Any, calc_loss_grad: bool
+        self, batch: Batch, terms: LossTerms, loss: Tensor | None, scale_B: Any, calc_loss_grad: bool
     ) -> None:
         config = self.config
         if self.is_fisher_emp:
@@ -257,8 +236,16 @@ class WeightSharingFisherMaker(FisherMaker):
             reduction = function.keywords.get("reduction", getattr(function.func, "reduction", None))
         return reduction
 
-    def _num_examples(self, layers: list[Layer], record: Record) -> int:
+    def _num_examples(self, layers: list[Layer], record: Record) -> tuple[int, dict[nn.Module, Positions]]:
+        """N, and what was said of the positions of the layers' modules."""
         logits = self._logits
+        positions: dict[nn.Module, Positions] = {}
+        for layer in layers:
+            said = record.positions.get(layer.module) or positions_of(layer.module)
+            if said is not None and layer.module in record.calls:
+                positions[layer.module] = said
+        if positions:
+            return _agreed_num_examples(layers, positions, logits)
         book = self.plan.layouts
         declared = [
             call.unmodified_input(layer.name)
@@ -268,9 +255,9 @@ class WeightSharingFisherMaker(FisherMaker):
         ]
         sequence_first = next((tuple(x.shape[:-1]) for x in declared if x.ndim > 2), None)
         inputs = leading_sizes([self._model_args, self._model_kwargs])
-        return infer_num_examples(logits.shape[:-1] or logits.shape, inputs, sequence_first)
+        return infer_num_examples(logits.shape[:-1] or logits.shape, inputs, sequence_first), {}
 
-    def _positions(self, terms: LossTerms, batch: _Batch) -> tuple[Tensor, int]:
+    def _positions(self, terms: LossTerms, batch: Batch) -> tuple[Tensor, int]:
         """The position of every loss term within its example, and the number of positions."""
         logits = self._logits
         if logits.ndim == 1:
@@ -279,6 +266,10 @@ class WeightSharingFisherMaker(FisherMaker):
         sizes = logits.shape[:-1]
         rows = sizes.numel()
         ids = torch.arange(rows, device=logits.device)
+        parts = [part for said in batch.positions.values() for part in said.roles.values()]
+        ragged = next((part for part in parts if len(part) == rows), None)
+        if ragged is not None:
+            return self._selected(terms, logits, ragged.rank()), max(1, int(ragged.counts().max()))
         if sizes[0] % num_examples == 0 and not (len(sizes) > 1 and sizes[1] == num_examples != sizes[0]):
             position = ids % (rows // num_examples)
         elif len(sizes) > 1 and sizes[1] == num_examples:
@@ -286,12 +277,22 @@ class WeightSharingFisherMaker(FisherMaker):
             position = ids // (num_examples * inner) * inner + ids % inner
         else:
             raise ValueError(f"Logits of sizes {tuple(logits.shape)} do not hold {num_examples} examples.")
+        return self._selected(terms, logits, position), rows // num_examples
+
+    @staticmethod
+    def _selected(terms: LossTerms, logits: Tensor, position: Tensor) -> Tensor:
+        """The positions of the loss's terms, given those of the rows of the logits."""
+        rows = len(position)
         x = terms.logits.movedim(terms.class_dim, -1)
         if x.reshape(-1, x.shape[-1]).shape[0] == rows and x.data_ptr() == logits.data_ptr():
-            return position, rows // num_examples
-        # The loss selects or reorders rows: find out which by sending row numbers back through the selection.
+            return position
+        # The loss selects or reorders rows: find out which by sending row numbers back through the selection. They sum
+        # up to zero over the classes, and so they pass through a log_softmax unchanged.
         probe = torch.zeros_like(x)
-        probe.view(-1, x.shape[-1])[:, 0] = torch.arange(1, x.numel() // x.shape[-1] + 1, device=x.device)
+        row_numbers = torch.arange(1, x.numel() // x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+        probe.view(-1, x.shape[-1])[:, 0] = row_numbers
+        if x.shape[-1] > 1:
+            probe.view(-1, x.shape[-1])[:, 1] = -row_numbers
         (found,) = torch.autograd.grad(x, logits, probe, retain_graph=True)
         number = found.reshape(rows, -1)[:, 0].round().long()
         order = number[number > 0] - 1
@@ -300,7 +301,7 @@ class WeightSharingFisherMaker(FisherMaker):
             raise ValueError("fisher_exact needs a loss of logits that are rows of the model's logits.")
         selected = torch.empty_like(order)
         selected[order] = position[number > 0]
-        return selected, rows // num_examples
+        return selected
 
     def _record_requires_grad(self) -> None:
         for p in self.model.parameters():  # upstream's operations ask for it
@@ -343,7 +344,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
     # ------------------------------------------------------------------------------------------ the results
 
-    def _commit(self, batch: _Batch, accumulate: bool, fvp: bool) -> None:
+    def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
         """Make the batch's matrices the modules' own, all or none."""
         attr = self.config.fvp_attr if fvp else self.config.fisher_attr
         results: list[tuple[nn.Module, Any]] = []
@@ -372,7 +373,7 @@ class WeightSharingFisherMaker(FisherMaker):
         for module, result in results:
             setattr(module, attr, result)
 
-    def _check_finite(self, results: list[tuple[nn.Module, SymMatrix]], batch: _Batch) -> None:
+    def _check_finite(self, results: list[tuple[nn.Module, SymMatrix]], batch: Batch) -> None:
         sums = [(module, tensor.sum()) for module, matrix in results for tensor in tensors(matrix)]
         if sums and bool(torch.isfinite(torch.stack([s.double() for _, s in sums])).all()):
             return
@@ -395,202 +396,22 @@ class WeightSharingFisherMaker(FisherMaker):
                 ) from error
 
 
-class _Batch:
-    """The operations of one batch, fed with inputs once and with output gradients once for every backward pass."""
-
-    def __init__(
-        self, maker: WeightSharingFisherMaker, layers: list[Layer], record: Record, num_examples: int, scale: Any,
-        fvp: bool, vec: ParamVector | None,
-    ) -> None:
-        self.maker, self.layers, self.record = maker, layers, record
-        self.num_examples = num_examples
-        self.scale_A = scale
-        self.scale: Any = scale
-        self.fvp = fvp
-        self.context = OperationContext(vectors=vec)
-        self._layout: dict[nn.Module, list[str]] = {}
-        self._received: dict[nn.Module, list[Tensor | None]] = {}
-        self._with_grads: set[nn.Module] = set()
-        model = maker.model
-        for layer in layers:
-            if layer.module in record.calls:
-                self.context.register_operation(layer.module, self._operation(layer))
-        if not self.context.is_operation_registered(model):
-            self.context.register_operation(model, Operation(model, []))
-
-    def _operation(self, layer: Layer) -> Operation:
-        name = _OPERATIONS[layer.shape]
-        if self.fvp:
-            if layer.shape not in (SHAPE_FULL, SHAPE_LAYER_WISE):
-                raise ValueError(f"Fisher-vector products are for 'full' and 'layer_wise', not '{layer.shape}'.")
-            name = OP_CVP if layer.shape == SHAPE_LAYER_WISE else name
-        operation_class = self.maker.plan.operation_of(layer)
-        if name not in operation_class.supported_operations:
-            raise ValueError(
-                f"Layer '{layer.name}' ({type(layer.module).__name__}) does not support the shape '{layer.shape}'."
-            )
-        return operation_class(layer.module, [name], model_for_kernel=self.maker.model)
-
-    def unseen(self) -> dict[nn.Module, str]:
-        """The layers without curvature in this batch, and why."""
-        reasons = {}
-        for layer in self.layers:
-            if layer.module not in self.record.calls:
-                reasons[layer.module] = "was not called"
-            elif layer.module not in self._with_grads:
-                reasons[layer.module] = "does not influence the logits or the loss"
-        return reasons
-
-    # ---------------------------------------------------------------------------------------------- inputs
-
-    def take_inputs(self) -> None:
-        """Bring every layer's inputs into ``(N, R, P)`` and compute what needs nothing else."""
-        with torch.no_grad():
-            for layer in self.layers:
-                calls = self.record.calls.get(layer.module)
-                if calls is None:
-                    continue
-                operation = self.context.get_operation(layer.module)
-                in_data = self._inputs(layer, calls, operation)
-                operation.set_cov_scale(self.scale_A)
-                operation.forward_post_process(in_data, None)
-                for call in calls:
-                    call.release_input()
-
-    def _inputs(self, layer: Layer, calls: list[Call], operation: Operation) -> Tensor:
-        module, n = layer.module, self.num_examples
-        book = self.maker.plan.layouts
-        parts, layouts = [], []
-        for call in calls:
-            x = call.unmodified_input(layer.name)
-            if isinstance(module, nn.Embedding):
-                x = x.unsqueeze(-1)
-            if self.maker.plan.has_channels_first(module):
-                x = self._batched_image(layer, x)
-                if x.shape[0] % n:
-                    raise ValueError(
-                        f"Layer '{layer.name}': the first of its input's sizes {tuple(x.shape)} does not match the "
-                        f"{n} examples of the batch."
-                    )
-                layouts.append(BATCH_FIRST)
-                if not isinstance(module, nn.Conv2d):
-                    x = examples_first(x.movedim(1, -1), n, BATCH_FIRST)
-                elif len(calls) > 1:
-                    x = examples_first(factors.patches(x, module), n, BATCH_FIRST)
-                elif x.shape[0] != n:  # images merged into the batch
-                    x = examples_first(operation.preprocess_in_data(module, x, None), n, BATCH_FIRST)
-                parts.append(x)
-                continue
-            dims = _num_feature_dims(operation, module)
-            if x.ndim == dims:  # a single example without a batch dimension
-                x = x.unsqueeze(0)
-            layout = book.resolve(layer.name, module, x.shape[:-dims], n)
-            layouts.append(layout)
-            parts.append(examples_first(x, n, layout, dims))
-        self._layout[module] = layouts
-        x = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return x.squeeze(-1) if isinstance(module, nn.Embedding) else x
-
-    def _batched_image(self, layer: Layer, x: Tensor) -> Tensor:
-        unbatched = 3 if isinstance(layer.module, (nn.Conv2d, nn.BatchNorm2d)) else 1
-        return x.unsqueeze(0) if x.ndim == unbatched else x
-
-    # ------------------------------------------------------------------------------------ output gradients
-
-    def take_output_grads(self, outputs: Tensor, grad_outputs: Tensor | None, retain_graph: bool) -> None:
-        """One backward pass that stops at the layers' outputs: no weight gradient is computed."""
-        calls = [(layer, i, call) for layer in self.layers
-                 for i, call in enumerate(self.record.calls.get(layer.module, ()))]
-        if not outputs.requires_grad:
-            raise RuntimeError("The logits do not depend on any parameter that requires a gradient.")
-        grads: list[Tensor | None] = list(torch.autograd.grad(
-            outputs, [call.edge for _, _, call in calls], grad_outputs, retain_graph=retain_graph, allow_unused=True
-        ))
-        for k, (layer, i, _) in enumerate(calls):
-            grad, grads[k] = grads[k], None
-            self._receive(layer, i, grad)
-
-    @contextlib.contextmanager
-    def taking_output_grads(self) -> Iterator[None]:
-        """Take the gradients of the layers' outputs out of a backward pass that somebody else starts."""
-        handles = []
-
-        def hook(layer: Layer, i: int, output_nr: int) -> Callable[[tuple[Tensor | None, ...]], None]:
-            return lambda grads: self._receive(layer, i, grads[output_nr])
-
-        try:
-            for layer in self.layers:
-                for i, call in enumerate(self.record.calls.get(layer.module, ())):
-                    node = call.edge.node
-                    handles.append(node.register_prehook(hook(layer, i, call.edge.output_nr)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _receive(self, layer: Layer, i: int, grad: Tensor | None) -> None:
-        module = layer.module
-        calls = self.record.calls[module]
-        if len(calls) == 1:
-            if grad is not None:
-                self._process(layer, [grad])
-            return
-        received = self._received.setdefault(module, [None] * len(calls))
-        received[i] = grad
-
-    def end_of_pass(self) -> None:
-        """Process layers that were called several times, and the full Fisher, after a backward pass."""
-        for layer in self.layers:
-            received = self._received.pop(layer.module, None)
-            if received is not None and any(grad is not None for grad in received):
-                calls = self.record.calls[layer.module]
-                self._process(layer, [
-                    next(g for g in received if g is not None).new_zeros(call.out_shape) if grad is None else grad
-                    for call, grad in zip(calls, received, strict=True)
-                ])
-        model = self.maker.model
-        if self.fvp:
-            self.context.calc_full_cvp(model, scale=self.scale)
-        else:
-            self.context.calc_full_cov(model, scale=self.scale)
-        self.context.clear_batch_grads()
-
-    def _process(self, layer: Layer, grads: list[Tensor]) -> None:
-        module, n = layer.module, self.num_examples
-        operation = self.context.get_operation(module)
-        with torch.no_grad():
-            parts = []
-            for grad, call, layout in zip(
-                grads, self.record.calls[module], self._layout[module], strict=True
-            ):
-                grad = grad.detach().reshape(call.out_shape)
-                if self.maker.plan.has_channels_first(module):
-                    grad = self._batched_image(layer, grad).movedim(1, -1)
-                dims = _num_feature_dims(operation, module)
-                grad = grad.unsqueeze(0) if grad.ndim == dims else grad
-                parts.append(examples_first(grad, n, layout, dims))
-            out_grads = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-            operation.set_cov_scale(self.scale)
-            operation.backward_pre_process(
-                out_grads, self.context.get_vectors_by_module(module, flatten=True) if self.fvp else None
-            )
-            self._with_grads.add(module)
-
-    def identity_output_grads(self) -> None:
-        """``fisher_forward_only``: B is the identity, summed over the examples."""
-        for layer in self.layers:
-            if layer.module not in self.record.calls:
-                continue
-            weight: Any = layer.module.weight
-            identity = torch.eye(
-                weight.shape[0], device=weight.device, dtype=factors.accumulation_dtype(weight.dtype)
-            )
-            operation = self.context.get_operation(layer.module)
-            operation.accumulate_result(identity.mul_(self.num_examples * self.scale), OP_COV_KRON, "B")
-            self._with_grads.add(layer.module)
-
-
-def _num_feature_dims(operation: Operation, module: nn.Module) -> int:
-    """How many trailing dimensions of a layer's tensors are features; one for a user's operation that does not say."""
-    count = getattr(operation, "num_feature_dims", None)
-    return 1 if count is None else count(module)
+def _agreed_num_examples(
+    layers: list[Layer], positions: dict[nn.Module, Positions], logits: Tensor
+) -> tuple[int, dict[nn.Module, Positions]]:
+    """N as all that was said of the layers' positions has it."""
+    counts = {said.num_examples for said in positions.values()}
+    if len(counts) > 1:
+        names = {said.num_examples: layer.name for layer in layers if (said := positions.get(layer.module)) is not None}
+        raise ValueError(
+            "The layers' segments are of different numbers of examples: "
+            + ", ".join(f"{count} at '{name}'" for count, name in sorted(names.items())) + "."
+        )
+    num_examples = counts.pop()
+    if all(said.is_inferred for said in positions.values()) and logits.ndim == 2 and logits.shape[0] > num_examples:
+        lengths = {len(part) for said in positions.values() for part in said.roles.values()}
+        if logits.shape[0] not in lengths - {num_examples}:  # the last examples have no rows
+            num_examples = logits.shape[0]
+            completed = {id(said): said.with_num_examples(num_examples) for said in positions.values()}
+            positions = {module: completed[id(said)] for module, said in positions.items()}
+    return num_examples, positions

@@ -151,7 +151,7 @@ class WeightSharing(NaturalGradientMaker):
         matrix = self._get_module_fisher(module)
         if module in self.fisher_maker.unseen or matrix is None:
             return
-        trainable = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+        trainable = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None and p.requires_grad]
         if not given and any(p.grad is None for p in trainable):
             return
         use_inv = use_inv and shape != SHAPE_KFE  # an eigenbasis is inverted as it is multiplied with

@@ -9,11 +9,12 @@ not (the windows of a Swin Transformer, a decoder that flattens). *Sequence firs
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from .ragged import Segments
 from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
 __all__ = ["LayoutBook", "declared_layout", "examples_first", "infer_num_examples", "leading_sizes"]
@@ -24,6 +25,8 @@ def declared_layout(model: nn.Module, name: str) -> str | None:
     path = name.split(".") if name else []
     for depth in range(len(path), -1, -1):
         module = model.get_submodule(".".join(path[:depth]))
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+            module = module.layers[0]  # what a stack has beside its layers, as its last norm, has their layout
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             module = module.self_attn  # torch keeps the option of the whole layer there
         batch_first = getattr(module, "batch_first", None)
@@ -57,6 +60,8 @@ class LayoutBook:
         self.rule: dict[nn.Module, str] = {}
         self.declared: dict[nn.Module, str] = {}
         self.settled: dict[nn.Module, str] = {}
+        self.roles: dict[tuple[nn.Module, int], str] = {}
+        self._assumed: list[tuple[str, tuple[int, ...]]] = []
 
     def resolve(self, name: str, module: nn.Module, shape: Sequence[int], num_examples: int) -> str:
         """The layout of a layer's tensor of these leading sizes (features left out).
@@ -90,13 +95,56 @@ class LayoutBook:
                 self.settled[module] = candidates[0]
         elif num_examples > 1:
             self.settled[module] = BATCH_FIRST
-            warnings.warn(
-                f"Layer '{name}': its input's leading sizes {tuple(shape)} fit {num_examples} examples both batch "
-                f"first and sequence first. Batch first is assumed; if that is wrong, add the rule "
-                f"('{name}', 'sequence_first') to shared_dim.",
-                stacklevel=2,
-            )
+            self._assumed.append((name, tuple(shape)))
         return candidates[0]
+
+    def resolve_role(
+        self, name: str, module: nn.Module, call: int, num_rows: int, roles: Mapping[str, Segments]
+    ) -> Segments:
+        """The segments of the rows of a layer's ``call``-th call: by its role, or by the number of its rows.
+
+        Raises a ValueError if the role was not given, no role has that many rows, or several have.
+        """
+        known = ", ".join(f"'{role}' with {len(part)} rows" for role, part in roles.items())
+        role = str(getattr(module, "role", None) or "")
+        if role and role not in roles:
+            raise ValueError(f"Layer '{name}' has the role '{role}', which was not given; there are {known}.")
+        role = role or self.roles.get((module, call), "")
+        if role in roles:
+            if len(roles[role]) != num_rows:
+                raise ValueError(
+                    f"Layer '{name}': its input has {num_rows} rows, but its role '{role}' has {len(roles[role])}. "
+                    "Are the segments those of an earlier batch?"
+                )
+            return roles[role]
+        fitting = [role for role, part in roles.items() if len(part) == num_rows]
+        if not fitting:
+            raise ValueError(
+                f"Layer '{name}': its input has {num_rows} rows, but there are {known}. Are the segments those of an "
+                "earlier batch?"
+            )
+        if any(not roles[fitting[0]].equals(roles[role]) for role in fitting[1:]):
+            raise ValueError(
+                f"Layer '{name}': its {num_rows} rows fit the roles {', '.join(map(repr, fitting))}. Give the layer "
+                f"its role, as in asdl_ws_plugin.convert(model, roles=[('{name}', '{fitting[0]}')])."
+            )
+        if len(fitting) == 1:
+            self.roles[module, call] = fitting[0]
+        return roles[fitting[0]]
+
+    def report_assumed(self, num_examples: int) -> None:
+        """Warn, once for a batch, of the layers whose layout was assumed since the last call."""
+        if not self._assumed:
+            return
+        name, shape = self._assumed[0]
+        others = f" (as for {len(self._assumed) - 1} other layers)" if len(self._assumed) > 1 else ""
+        self._assumed.clear()
+        warnings.warn(
+            f"Layer '{name}': its input's leading sizes {shape} fit {num_examples} examples both batch first and "
+            f"sequence first{others}. Batch first is assumed; a rule in shared_dim says so, or the other, as in "
+            f"('{name}', 'sequence_first').",
+            stacklevel=4,
+        )
 
 
 def _remedy(name: str) -> str:

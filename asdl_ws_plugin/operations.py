@@ -19,6 +19,7 @@ from asdl import operations as upstream
 from torch import Tensor, nn
 
 from . import factors
+from .ragged import Ragged
 from .registry import register_operation
 
 __all__ = [
@@ -35,6 +36,10 @@ class _SumOverPositions:
     @staticmethod
     def num_feature_dims(module: Any) -> int:
         return 1
+
+    def _only_kron(self) -> bool:
+        """Whether nothing is asked for that is made of the examples' gradients."""
+        return not any(name in upstream.BWD_OPS_WITH_INPUTS for name in self._op_names)
 
     @staticmethod
     def preprocess_in_data(module: Any, in_data: Tensor, out_data: Tensor) -> Tensor:
@@ -98,6 +103,15 @@ class _SumOverPositions:
 class _Expand:
     """K-FAC-expand, eq. 3.7."""
 
+    def ragged_in_data(self, in_data: Tensor, ragged: Ragged) -> tuple[Tensor, float]:
+        """What A is computed from where R_n differs by example, and a factor for it (section 3.4)."""
+        if not self._only_kron() or ragged.num_positions == 0:
+            return ragged.pad(in_data), 1.0
+        return ragged.rows(in_data).unsqueeze(0), float(ragged.num_examples)
+
+    def ragged_out_grads(self, out_grads: Tensor, ragged: Ragged) -> Tensor:
+        return ragged.rows(out_grads).unsqueeze(0) if self._only_kron() else ragged.pad(out_grads)
+
     @staticmethod
     def cov_kron_A(module: Any, in_data: Tensor) -> Tensor:
         return factors.expand_factor_A(in_data)
@@ -109,6 +123,13 @@ class _Expand:
 
 class _Reduce:
     """K-FAC-reduce, eq. 3.19."""
+
+    def ragged_in_data(self, in_data: Tensor, ragged: Ragged) -> tuple[Tensor, float]:
+        """What A is computed from where R_n differs by example (eq. 3.34), and a factor for it."""
+        return (ragged.mean(in_data).unsqueeze(1) if self._only_kron() else ragged.pad(in_data)), 1.0
+
+    def ragged_out_grads(self, out_grads: Tensor, ragged: Ragged) -> Tensor:
+        return ragged.sum(out_grads).unsqueeze(1) if self._only_kron() else ragged.pad(out_grads)
 
     @staticmethod
     def cov_kron_A(module: Any, in_data: Tensor) -> Tensor:
@@ -145,8 +166,7 @@ class Conv2dReduce(_Reduce, _Conv2d):
     """K-FAC-reduce for ``nn.Conv2d``."""
 
     def preprocess_in_data(self, module: Any, in_data: Tensor, out_data: Tensor) -> Tensor:
-        only_kron = not any(name in upstream.BWD_OPS_WITH_INPUTS for name in self._op_names)
-        if only_kron and in_data.ndim == 4:  # the mean patch is all that A needs, and has no positions left
+        if self._only_kron() and in_data.ndim == 4:  # the mean patch is all that A needs, and has no positions left
             return factors.mean_patches(in_data, module)
         return super().preprocess_in_data(module, in_data, out_data)
 
@@ -162,7 +182,8 @@ class _Normalization(_SumOverPositions):
     def normalized(module: Any, in_data: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def preprocess_in_data(self, module: Any, in_data: Tensor, out_data: Tensor) -> Tensor:
+    def prepare_in_data(self, module: Any, in_data: Tensor) -> Tensor:
+        """The normalized input, before positions are arranged: statistics may be those of the whole batch."""
         return self.normalized(module, in_data.to(factors.accumulation_dtype(in_data.dtype)))
 
     @staticmethod

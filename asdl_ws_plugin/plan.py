@@ -25,7 +25,7 @@ from .capture import Layer
 from .layout import LayoutBook, declared_layout
 from .operations import EXPAND, REDUCE
 from .registry import find_operation, is_supported
-from .rules import AUTO, Rules, matches_any, shared_dim_rules, split_values
+from .rules import AUTO, Rules, matches_any, shared_dim_rules, strategy_and_layout
 
 __all__ = ["Plan"]
 
@@ -90,7 +90,7 @@ class Plan:
             return
         if len(shape_values) != 1:
             raise ValueError(f"Layer '{name}' is assigned several Fisher shapes: {shape_values}.")
-        strategy, layout = split_values(rules.for_layer(name, module))
+        strategy, layout = strategy_and_layout(rules, name, module)
         if strategy is None:
             raise ValueError(
                 f"shared_dim: no rule gives layer '{name}' a strategy. Add a default, as in ['reduce', ...]."
@@ -230,4 +230,5 @@ def _shape_for(name: str, module: nn.Module, shape: str) -> str | None:
 
 
 def _is_trainable(module: nn.Module) -> bool:
-    return any(p is not None and p.requires_grad for p in (module.weight, module.bias))
+    parameters = (getattr(module, "weight", None), getattr(module, "bias", None))  # a user's layer may lack either
+    return any(p is not None and p.requires_grad for p in parameters)

@@ -7,7 +7,7 @@ a module, the full name, the longest part of a name, the nearest class in the la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -63,11 +63,19 @@ class Rules:
         """All values that occur in the rules."""
         return [*self.default, *(value for _, values in self.keyed for value in values)]
 
-    def for_layer(self, name: str, module: nn.Module) -> tuple[str, ...]:
-        """The values of the most specific rule for a layer, or the default's (empty if there is none)."""
+    def for_layer(
+        self, name: str, module: nn.Module, among: Callable[[str], bool] = lambda value: True
+    ) -> tuple[str, ...]:
+        """The values of the most specific rule for a layer, or the default's (empty if there is none).
+
+        Only the values are looked at, and only rules with such values, that ``among`` is true of.
+        """
         mro = type(module).__mro__
-        best, best_rank = self.default, (0, 0)
-        for key, values in self.keyed:
+        best, best_rank = tuple(filter(among, self.default)), (0, 0)
+        for key, all_values in self.keyed:
+            values = tuple(filter(among, all_values))
+            if not values:
+                continue
             if key is module:
                 return values
             if isinstance(key, str) and key in name:
@@ -112,10 +120,11 @@ def shared_dim_rules(shared_dim: str | Sequence[Any]) -> Rules:
     return rules
 
 
-def split_values(values: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """``(strategy, layout)`` among a rule's values, ``None`` for what is not there."""
-    layout = next((value for value in values if value in LAYOUTS), None)
-    return next((value for value in values if value not in LAYOUTS), None), layout
+def strategy_and_layout(rules: Rules, name: str, module: nn.Module) -> tuple[str | None, str | None]:
+    """What the rules say of a layer's strategy and, independently, of its layout; ``None`` where they say nothing."""
+    given = rules.for_layer(name, module, lambda value: value not in LAYOUTS)
+    layouts = rules.for_layer(name, module, lambda value: value in LAYOUTS)
+    return next(iter(given), None), next(iter(layouts), None)
 
 
 def describe_key(key: Any) -> str:

@@ -1,0 +1,25 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import asdl_ws_plugin  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same generator state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Double precision by default, in which the tests of the mathematics compare."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
