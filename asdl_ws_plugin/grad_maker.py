@@ -14,14 +14,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from asdl.matrices import SHAPE_KFE, SHAPE_KRON, SHAPE_SWIFT_KRON
 from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
 from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
-from .fisher_maker import WeightSharingFisherMaker
-from .matrices import copy_inverses, diagonals
+from .fisher_maker import WeightSharingFisherMaker, check_batch
+from .matrices import copy_inverses, diagonals, pairs
 from .registry import supported_classes
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
@@ -71,6 +72,8 @@ class WeightSharing(NaturalGradientMaker):
                   if (matrix := self._get_module_fisher(module)) is not None}
         inverses = [entry for matrix in before.values() for entry in copy_inverses(matrix)]
         unseen, decay = self.fisher_maker.unseen, self.fisher_maker.decay
+        forget = self.plan.remember()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # a NaN would stay in running averages
         try:
             yield
         except BaseException:
@@ -84,9 +87,18 @@ class WeightSharing(NaturalGradientMaker):
             for holder, name, inverse in inverses:
                 setattr(holder, name, inverse)
             self.fisher_maker.unseen, self.fisher_maker.decay = unseen, decay
+            forget()
+            with torch.no_grad():
+                for buffer, copy in buffers:
+                    buffer.copy_(copy)
             raise
         for p, grad in held.items():
             p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+    def forward(self) -> None:
+        """Of a step without curvature: such a step refuses what one with curvature would refuse."""
+        super().forward()
+        check_batch(self._logits, self._loss)
 
     # ----------------------------------------------------------------------------------------------- curvature
 
@@ -112,7 +124,8 @@ class WeightSharing(NaturalGradientMaker):
         try:
             super().update_preconditioner(*args, **kwargs)
         except torch.linalg.LinAlgError as error:
-            name = next((name for name, view, copy in saved if not torch.equal(view, copy)), "?")
+            damped = [name for name, view, copy in saved if not torch.equal(view, copy)]
+            name = next(iter(damped or self._without_inverse()), "?")  # damping may be too small to be seen
             raise torch.linalg.LinAlgError(
                 f"Layer '{name}': its curvature plus damping {self.config.damping} is not positive definite; "
                 f"increase damping. ({error})"
@@ -121,6 +134,13 @@ class WeightSharing(NaturalGradientMaker):
             for _, view, copy in saved:
                 view.copy_(copy)
         self._report_zero(matrices)
+
+    def _without_inverse(self) -> list[str]:
+        """Names of the layers whose inverse is missing, in the order of inversion."""
+        layers = [(layer.name, layer.module) for shape in _module_level_shapes for layer in self.plan.layers_of(shape)]
+        return [name for name, module in [*layers, ("the model", self.model)]
+                if (matrix := self._get_module_fisher(module)) is not None
+                and any(inverse is None and data.any() for data, inverse in pairs(matrix))]
 
     def _report_zero(self, matrices: list[tuple[str, SymMatrix]]) -> None:
         zero = [name for name, matrix in matrices
@@ -164,6 +184,23 @@ class WeightSharing(NaturalGradientMaker):
                 grad.copy_(inverse @ grad.mul_(self.grad_scale if grad_scale is None else grad_scale))
 
     # ------------------------------------------------------------------------------------------- distribution
+    #
+    # Upstream reduces factors to the rank that inverts them, and gradients only on curvature steps and of layers that
+    # it knows. Here every rank gets the average of both, so that no rank's moving average is its own, and all
+    # gradients are in step on every step; which rank inverts and preconditions what, and the broadcast, is upstream's.
+
+    def reduce_scatter_curvature(self, kron: Any = None, diag: Any = None, with_grad: bool = True) -> None:
+        for tensor in self.get_fisher_from_model():
+            dist.all_reduce(tensor, op=dist.ReduceOp.AVG, group=self.sync_group)
+
+    def precondition(self, *args: Any, **kwargs: Any) -> None:
+        if self.world_size > 1:
+            self._all_reduce_grad(self.model, op=dist.ReduceOp.AVG)
+        super().precondition(*args, **kwargs)
+
+    def all_gather_or_reduce_grad(self) -> None:
+        gather = NaturalGradientMaker.all_gather_or_reduce_grad
+        getattr(gather, "__wrapped__", gather)(self)  # its NVTX decorator fails on builds of torch without it
 
     def computational_cost(self, shape: str, module: nn.Module) -> float:
         """Upstream's estimate, without its assertion on the class's name."""
