@@ -73,7 +73,7 @@ def empirical_factors(
 
 def fisher(
     model: nn.Module, shared_dim: Any, loss: Callable[..., Tensor] | None, target: Any, *args: Any,
-    call: Callable[..., Any] | None = None, reshape: Callable[[Any], Any] = lambda y: y, fisher_type: str = "fisher_emp",
+    call: Callable[..., Any] | None = None, fisher_type: str = "fisher_emp",
     shapes: Sequence[Any] = ("kron",), ignore: Sequence[Any] | None = None, seed: int | None = None,
     loss_type: str = "cross_entropy", data_size: int = -1, **kwargs: Any,
 ) -> Any:
@@ -85,7 +85,7 @@ def fisher(
     maker = get_fisher_maker(model, config)
     dummy = maker.setup_model_call(model if call is None else call, *args, **kwargs)
     if loss is not None:
-        maker.setup_loss_call(loss, reshape(dummy), target)
+        maker.setup_loss_call(loss, dummy, target)
     maker.forward_and_backward()
     return maker
 

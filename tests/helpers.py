@@ -1,7 +1,7 @@
 """Oracles: blocks, Kronecker factors and per-example gradients, brute force from autograd in float64.
 
-None of it uses the package, or hooks on gradients. Sizes: N examples, R positions of a layer, R' loss terms of an
-example, C outputs of a term, P and Q a layer's inputs and outputs.
+The oracles do not use the package, or hooks on gradients. Sizes: N examples, R positions of a layer, R' loss terms of
+an example, C outputs of a term, P and Q a layer's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacrev, vmap
+
+from asdl_ws_plugin.capture import Layer, recording
+from asdl_ws_plugin.registry import is_supported
 
 CE, MSE, BCE = "cross_entropy", "mse", "binary_cross_entropy"
 
@@ -179,7 +182,7 @@ class Factors:
     @property
     def block(self) -> Tensor:
         """In the order of a weight flattened by rows."""
-        return torch.kron(self.B, self.A)
+        return torch.kron(self.B.contiguous(), self.A.contiguous())
 
 
 def factor_A(a: Tensor, strategy: str) -> Tensor:
@@ -264,3 +267,57 @@ class SelfAttention(nn.Module):
         y = torch.softmax(self.q(x) @ torch.tanh(self.k(x)).mT, -1) @ self.v(x)
         y = self.out(torch.tanh(y))
         return y.mean(1) if self.pool else y
+
+
+# --------------------------------------------------------------------------------------- models before and after
+
+
+def parameter_grads(model: nn.Module) -> dict[str, Tensor | None]:
+    """Name -> gradient."""
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_grads(actual: nn.Module, expected: nn.Module, tol: float = 1e-12) -> None:
+    """Equal gradients to ``tol`` of the largest one, parameter by parameter."""
+    ours, theirs = parameter_grads(actual), parameter_grads(expected)
+    assert list(ours) == list(theirs)
+    for name, grad in theirs.items():
+        if grad is None:
+            assert ours[name] is None, name
+            continue
+        error = (ours[name] - grad).abs().max() / grad.abs().max().clamp(min=1e-12)
+        assert error < tol, f"{name}: relative error {error:.2e}"
+
+
+def captured_weight_grads(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """``Σ b aᵀ`` from what the package's hooks saw of every ``nn.Linear``, and ``.grad`` from a backward pass."""
+    layers = [
+        Layer(name, module, "kron") for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_supported(module)
+    ]
+    with recording(layers) as record:
+        value = loss()
+    calls = [(layer.name, call) for layer in layers for call in record.calls.get(layer.module, ())]
+    edges = [call.edge for _, call in calls]
+    grads = torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True)
+    value.backward()
+    captured: dict[str, Tensor] = {}
+    for (name, call), grad in zip(calls, grads, strict=True):
+        if grad is not None:
+            product = grad.reshape(-1, grad.shape[-1]).mT @ call.in_data.reshape(-1, call.in_data.shape[-1])
+            captured[name] = captured[name] + product if name in captured else product
+    return captured
+
+
+def assert_captured(model: nn.Module, captured: dict[str, Tensor], without: tuple[str, ...] = ()) -> None:
+    """Every ``nn.Linear`` with a gradient was captured, and its gradient is reproduced."""
+    checked = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or not is_supported(module) or name in without:
+            continue
+        if module.weight.grad is not None:
+            assert name in captured, f"{name} was not called"
+            error = (captured[name] - module.weight.grad).norm() / module.weight.grad.norm().clamp(min=1e-12)
+            assert error < 1e-10, f"{name}: relative error {error:.2e}"
+            checked += 1
+    assert checked

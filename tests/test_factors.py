@@ -173,10 +173,10 @@ def test_convolution(shared_dim: str, options: dict[str, Any]):
 @STRATEGIES
 def test_convolution_in_the_expand_setting(shared_dim: str):
     """The receptive fields of different terms overlap, so products of different terms matter here as well."""
-    model, x = ConvNet({"stride": 2, "padding": 1}, pool=False), torch.randn(2, 2, 6, 5)
+    model, x = ConvNet({"stride": 2, "padding": 1}, pool=False), torch.randn(3, 2, 6, 5)
     computed_fisher(model, x, shared_dim)
     for module in (model.conv1, model.conv2, model.head):
-        assert_factors(module, oracle_factors(model, module, x, shared_dim), 2)
+        assert_factors(module, oracle_factors(model, module, x, shared_dim), 3)
 
 
 @STRATEGIES

@@ -23,8 +23,11 @@ from helpers import (
     factor_A,
     layer_inputs,
     oracle_factors,
+    output_jacobians,
+    terms_of,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -236,8 +239,6 @@ def test_weights_of_the_terms_of_a_bernoulli_likelihood(shared_dim: str):
     def terms(y: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(y, target, weight=weight, pos_weight=pos_weight, reduction="none")
 
-    from helpers import output_jacobians, terms_of
-
     logits = terms_of(model, x).requires_grad_()
     (first,) = torch.autograd.grad(terms(logits).sum(), logits, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), logits)  # the Hessian is diagonal
@@ -260,7 +261,7 @@ def summed(loss_type: str) -> Callable[[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("loss_type", [CE, MSE, BCE])
 @SETTINGS
 @STRATEGIES
-def test_empirical_against_output_gradients_of_each_example(shared_dim: str, pool: bool, loss_type: str, reduction: str):
+def test_empirical_against_gradients_of_each_example(shared_dim: str, pool: bool, loss_type: str, reduction: str):
     """Eq. 3.7 and 3.19 with the labels' gradients, whatever the reduction of the loss that was passed."""
     model, x = SelfAttention(pool=pool), torch.randn(N, R, 4)
     sizes = (N,) if pool else (N, R)
@@ -335,7 +336,8 @@ class Counting(SelfAttention):
 @pytest.mark.parametrize(
     ("fisher_type", "options", "passes"),
     [
-        ("fisher_forward_only", {}, 1), ("fisher_emp", {}, 1), ("fisher_mc", {}, 2), ("fisher_mc", {"n_mc_samples": 3}, 4),
+        ("fisher_forward_only", {}, 1), ("fisher_emp", {}, 1), ("fisher_mc", {}, 2),
+        ("fisher_mc", {"n_mc_samples": 3}, 4),
         ("fisher_exact", {}, C + 1),
     ],
 )
@@ -363,7 +365,7 @@ def test_exact_costs_a_pass_for_each_output_of_each_position(positions: int):
 @pytest.mark.parametrize("fisher_type", ["fisher_mc", "fisher_exact"])
 def test_the_second_backward_pass_computes_no_weight_gradients(fisher_type: str):
     """Counted in multiplications: forward and gradients of the inputs of each layer but the first are all there is."""
-    from torch.utils.flop_counter import FlopCounterMode
+
 
     model, x = Tokenwise(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, C)), torch.randn(N, R, 8)
     maker = get_fisher_maker(model, FisherConfig(fisher_type, ["kron"], CE, data_size=N, shared_dim="reduce"))
