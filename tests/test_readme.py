@@ -1,0 +1,21 @@
+"""What a newcomer copies from the README runs as printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(code, id=f"{page.name}-{i}")
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.S))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_code_of_the_documentation_runs_as_printed(code: str) -> None:
+    exec(compile(code, "<documentation>", "exec"), {"__name__": "__main__"})
