@@ -6,12 +6,17 @@ Importing this package is enough; every natural-gradient maker of ASDL then acce
     gm = asdl.KfacGradientMaker(model, config, shared_dim='reduce')
 """
 
-from .registration import require_asdl
+from .registration import adopt_native_modules, is_native, require_asdl
 
 require_asdl()
+if is_native():
+    adopt_native_modules()
 
-from . import operations  # noqa: E402
+from . import converters, operations  # noqa: E402
 from ._version import __version__  # noqa: E402
+from .attention import MultiheadAttention  # noqa: E402
+from .convert import convert, register_converter, revert  # noqa: E402
+from .exactness import ApproximationError, approximation_error  # noqa: E402
 from .fisher_maker import FISHER_FORWARD_ONLY  # noqa: E402
 from .loss import LOSS_BINARY_CROSS_ENTROPY  # noqa: E402
 from .positions import (  # noqa: E402
@@ -24,23 +29,34 @@ from .positions import (  # noqa: E402
 from .ragged import Segments, set_backend  # noqa: E402
 from .registration import register, unregister  # noqa: E402
 from .registry import register_operation  # noqa: E402
+from .report import Report, inspect  # noqa: E402
 
 __all__ = [
+    "ApproximationError",
     "FISHER_FORWARD_ONLY",
     "LOSS_BINARY_CROSS_ENTROPY",
+    "MultiheadAttention",
+    "Report",
     "Segments",
     "WeightSharingLinear",
     "__version__",
+    "approximation_error",
     "attach_padding",
     "attach_segments",
+    "convert",
+    "inspect",
     "padding",
     "register",
+    "register_converter",
     "register_operation",
+    "revert",
     "segments",
     "set_backend",
     "unregister",
 ]
 
 
-operations.register_all()
+if not is_native():
+    operations.register_all()
+converters.register_all()
 register()

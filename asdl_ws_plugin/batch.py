@@ -6,12 +6,12 @@ Whatever a layer sees is *arranged* here, ``(N, R, P)`` or ragged, before an ope
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from asdl.matrices import SHAPE_FULL, SHAPE_KFE, SHAPE_LAYER_WISE
+from asdl.matrices import SHAPE_FULL, SHAPE_KFE, SHAPE_KRON, SHAPE_LAYER_WISE, SHAPE_SWIFT_KRON
 from asdl.operations import (
     OP_BATCH_GRADS,
     OP_COV,
@@ -26,12 +26,15 @@ from asdl.operations import (
 )
 from asdl.vector import ParamVector
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from . import factors
-from .capture import Call, Layer, Record
+from .blocks import input_group
+from .capture import Call, Layer, Record, last_nodes
 from .layout import examples_first
+from .operations import LinearExpand, LinearReduce
 from .plan import Plan
-from .positions import Positions, WeightSharingLinear
+from .positions import GRAPH, Positions, WeightSharingLinear
 from .ragged import Mask, Ragged, Segments
 from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
@@ -92,8 +95,11 @@ class Batch:
         self._arranged: dict[nn.Module, list[Arrangement]] = {}
         self._ragged: dict[nn.Module, Ragged] = {}
         self._used_masks: set[str] = set()
+        self._factors_A: dict[Any, Tensor] = {}
+        self._group_A: dict[Any, Tensor] = {}
         self._received: dict[nn.Module, list[Tensor | None]] = {}
         self._with_grads: set[nn.Module] = set()
+        self._last: tuple[Tensor, set[Node]] | None = None
         for layer in layers:
             if layer.module in record.calls:
                 self.context.register_operation(layer.module, self._operation(layer))
@@ -126,6 +132,7 @@ class Batch:
     # ---------------------------------------------------------------------------------------------- inputs
 
     @torch.no_grad()
+    @factors.full_precision()
     def take_inputs(self) -> None:
         """Arrange every layer's inputs and compute what needs nothing else."""
         for layer in self.layers:
@@ -144,9 +151,17 @@ class Batch:
             if isinstance(layer.module, nn.Embedding):
                 in_data = in_data.squeeze(-1)
             operation.set_cov_scale(self.scale_A * scale)
-            operation.forward_post_process(in_data, None)
+            key = self._input_key(layer, calls, operation)
+            if key is not None and key in self._factors_A:
+                operation.accumulate_result(self._copy_of_A(key, layer.module), OP_COV_KRON, "A")
+            else:
+                operation.forward_post_process(in_data, None)
+                if key is not None:
+                    A = self._factors_A[key] = operation.get_result(OP_COV_KRON, "A")
+                    self._group_A[key, input_group(layer.module)] = A
             for call in calls:
                 call.release_input()
+        self.plan.layouts.report_assumed(self.num_examples)
         said = {name for positions in self.positions.values() for name in positions.masks}
         if said - self._used_masks:
             lengths = {
@@ -155,6 +170,32 @@ class Batch:
             }
             name, length = next(iter(lengths.items()))
             raise ValueError(f"padding: no layer has sequences of the length {length} of the mask '{name}'.")
+
+    def _copy_of_A(self, key: Any, module: nn.Module) -> Tensor:
+        """The A of this input: one tensor for all blocks of a layer, a copy for everybody else.
+
+        Upstream adds damping to a factor in place, which must not meet another layer's, of another size.
+        """
+        group = input_group(module)
+        if group is None:
+            return self._factors_A[key].clone()
+        if (key, group) not in self._group_A:
+            self._group_A[key, group] = self._factors_A[key].clone()
+        return self._group_A[key, group]
+
+    def _input_key(self, layer: Layer, calls: list[Call], operation: Operation) -> Any:
+        """Equal for linear layers that saw one and the same tensor, as queries, keys and values do; ``None``: alone."""
+        module = layer.module
+        ragged = self._ragged.get(module)
+        if (
+            len(calls) > 1 or layer.shape not in (SHAPE_KRON, SHAPE_SWIFT_KRON)
+            or type(operation) not in (LinearExpand, LinearReduce) or isinstance(ragged, Segments)
+        ):
+            return None
+        (call,), (arrangement,) = calls, self._arranged[module]
+        x = call.unmodified_input(layer.name)
+        mask = ragged.mask.data_ptr() if isinstance(ragged, Mask) else None
+        return type(operation), x.data_ptr(), x.shape, x.stride(), x.dtype, x.device, arrangement.layout, mask
 
     def _input(self, layer: Layer, i: int, call: Call, operation: Operation, num_calls: int) -> Tensor:
         """One call's input, arranged: ``(N, R, P)``, rows ``(ΣR_n, P)``, or one image for each example."""
@@ -185,25 +226,29 @@ class Batch:
         prepare = getattr(operation, "prepare_in_data", None)
         x = x.flatten(-dims) if dims > 1 else x
         x = prepare(module, x) if prepare is not None else x
-        arrangement = self._arrange(layer, i, x.shape[:-1], dims)
+        arrangement = self._arrange(layer, i, x.shape[:-1], dims, x.device)
         self._arranged.setdefault(module, []).append(arrangement)
         return self._apply(arrangement, x)
 
-    def _arrange(self, layer: Layer, i: int, sizes: torch.Size, dims: int) -> Arrangement:
+    def _arrange(self, layer: Layer, i: int, sizes: torch.Size, dims: int, device: torch.device) -> Arrangement:
         module, n = layer.module, self.num_examples
         positions = self.positions.get(module)
         if positions is not None and positions.roles:
-            rows = self.plan.layouts.resolve_role(layer.name, module, i, sizes[0], positions.roles)
+            rows = self.plan.layouts.resolve_role(layer.name, module, i, sizes[0], positions.roles, device)
             times = sizes[1:].numel()
             if rows.is_dense:  # the same as without segments, to the last bit
                 return Arrangement(BATCH_FIRST, dims)
             return Arrangement(BATCH_FIRST, dims, rows.repeated(times))
-        if isinstance(module, WeightSharingLinear) and positions is None and len(sizes) == 1:
+        one_row_each = sizes[0] == n and getattr(module, "role", None) in (None, GRAPH)  # as in node classification
+        if isinstance(module, WeightSharingLinear) and positions is None and len(sizes) == 1 and not one_row_each:
             raise ValueError(
                 f"Layer '{layer.name}': it is not known which example each of its {sizes[0]} rows belongs to. "
                 "Say it with asdl_ws_plugin.segments(model, ...), attach_segments, or the layer's set_segments."
             )
-        layout = self.plan.layouts.resolve(layer.name, module, sizes, n)
+        if self.plan.has_channels_first(module) and sizes[0] % n == 0:  # images are batch first, of whatever height
+            layout = BATCH_FIRST
+        else:
+            layout = self.plan.layouts.resolve(layer.name, module, sizes, n)
         if positions is not None and positions.masks:
             return Arrangement(layout, dims, self._mask_for(layer, sizes, layout, positions))
         return Arrangement(layout, dims)
@@ -222,6 +267,16 @@ class Batch:
         if role in found:
             found = {role: found[role]}
         if not found:
+            total = sizes.numel() // n
+            for name, mask in positions.masks.items():
+                expected = mask.mask.shape[1]
+                if layout == BATCH_FIRST and sizes[0] != n and expected > 1 and total % expected == 0:
+                    raise ValueError(
+                        f"Layer '{layer.name}': its input merges {total} positions of each example into the batch, and "
+                        f"it is not clear which of them are padding by the mask '{name}' of the length {expected}. "
+                        f"Call the layer with (N, {expected}, ...), or leave it out with "
+                        f"ignore_modules=['{layer.name}']."
+                    )
             return None
         mask = next(iter(found.values()))
         if any(not torch.equal(mask.mask, other.mask) for other in found.values()):
@@ -272,16 +327,33 @@ class Batch:
                  for i, call in enumerate(self.record.calls.get(layer.module, ()))]
         if not outputs.requires_grad:
             raise RuntimeError("The logits do not depend on any parameter that requires a gradient.")
-        grads: list[Tensor | None] = list(torch.autograd.grad(
-            outputs, [call.edge for _, _, call in calls], grad_outputs, retain_graph=retain_graph, allow_unused=True
-        ))
-        for k, (layer, i, _) in enumerate(calls):
-            grad, grads[k] = grads[k], None
+        # Autograd is asked for the last gradients only. It passes the others on its way, and they are taken there, one
+        # after the other: asking for them would keep all of them until the pass is over.
+        if self._last is None or self._last[0] is not outputs:
+            self._last = outputs, last_nodes(outputs, {call.edge.node for _, _, call in calls})
+        last = [call for call in calls if call[2].edge.node in self._last[1]]
+        if not last:
+            return
+        try:
+            with self.taking_output_grads(leave_out=self._last[1]):
+                grads = torch.autograd.grad(
+                    outputs, [call.edge for _, _, call in last], grad_outputs, retain_graph=retain_graph,
+                    allow_unused=True,
+                )
+        except RuntimeError as error:
+            hidden = next((layer.name for layer in self.layers if layer.module in self.record.without_graph), None)
+            if hidden is None or "use_reentrant" not in str(error):
+                raise
+            raise RuntimeError(
+                f"Layer '{hidden}' ran under reentrant activation checkpointing. Use checkpoint(..., "
+                "use_reentrant=False)."
+            ) from error
+        for (layer, i, _), grad in zip(last, grads, strict=True):
             self._receive(layer, i, grad)
 
     @contextlib.contextmanager
-    def taking_output_grads(self) -> Iterator[None]:
-        """Take the gradients of the layers' outputs out of a backward pass that somebody else starts."""
+    def taking_output_grads(self, leave_out: Container[Node] = ()) -> Iterator[None]:
+        """Take the gradients of the layers' outputs out of a backward pass as it gets there."""
         handles = []
 
         def hook(layer: Layer, i: int, output_nr: int) -> Callable[[tuple[Tensor | None, ...]], None]:
@@ -291,7 +363,8 @@ class Batch:
             for layer in self.layers:
                 for i, call in enumerate(self.record.calls.get(layer.module, ())):
                     node = call.edge.node
-                    handles.append(node.register_prehook(hook(layer, i, call.edge.output_nr)))
+                    if node not in leave_out:
+                        handles.append(node.register_prehook(hook(layer, i, call.edge.output_nr)))
             yield
         finally:
             for handle in handles:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["Call", "Layer", "Record", "recording"]
+__all__ = ["Call", "Layer", "Record", "first_tensor", "last_nodes", "output_edge", "recording"]
 
 
 @dataclass
@@ -82,7 +82,31 @@ def current_record() -> Record | None:
     return _records[-1] if _records else None
 
 
-def _output_edge(out: Tensor) -> GradientEdge:
+def last_nodes(outputs: Tensor, nodes: set[Node]) -> set[Node]:
+    """Those of ``nodes`` that a backward pass from ``outputs`` reaches and behind which it meets no other of them.
+
+    A pass that computes the gradients there runs through all others that it reaches.
+    """
+    last: set[Node] = set()
+    meets: dict[Node, bool] = {}  # whether one of the nodes is there or behind; keeps the visited nodes alive
+    root = outputs.grad_fn
+    stack = [] if root is None else [(root, False)]
+    while stack:
+        node, left = stack.pop()
+        if left:
+            behind = any(meets[other] for other, _ in node.next_functions if other is not None)
+            if node in nodes and not behind:
+                last.add(node)
+            meets[node] = behind or node in nodes
+        elif node not in meets:
+            meets[node] = False
+            stack.append((node, True))
+            stack += [(other, False) for other, _ in node.next_functions if other is not None and other not in meets]
+    return last
+
+
+def output_edge(out: Tensor) -> GradientEdge:
+    """Where the gradient with respect to a layer's output arrives, whatever is done to the output in place."""
     base = out._base
     if (
         base is not None
@@ -97,7 +121,8 @@ def _output_edge(out: Tensor) -> GradientEdge:
     return get_gradient_edge(out)
 
 
-def _first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor:
+def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor:
+    """The first tensor of a layer's arguments or outputs. Raises a TypeError that names the layer if there is none."""
     if isinstance(values, Tensor):
         return values
     values = values.values() if isinstance(values, dict) else values
@@ -110,9 +135,13 @@ def _first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tenso
 
 @contextlib.contextmanager
 def recording(
-    layers: list[Layer], check: Callable[[Layer, nn.Module, Tensor, Tensor], None] | None = None
+    layers: list[Layer],
+    check: Callable[[Layer, nn.Module, Tensor, Tensor], None] | None = None,
+    on_refusal: Callable[[Layer, Exception], None] | None = None,
 ) -> Iterator[Record]:
     """Record the calls of these layers while the context is open; ``check(layer, module, in_data, out)`` on each.
+
+    With ``on_refusal``, a call that cannot be recorded is handed to it with the error instead of raising that.
 
     Whatever torch.compile compiled runs eagerly meanwhile: compiled code skips hooks, or hides the outputs of inner
     layers from autograd.
@@ -122,14 +151,22 @@ def recording(
 
     def add_hook(layer: Layer, name: str, module: nn.Module) -> None:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            out = _first_tensor(name, module, "outputs", output)
+            try:
+                note(args, kwargs, output)
+            except (TypeError, ValueError) as error:
+                if on_refusal is None:
+                    raise
+                on_refusal(layer, error)
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            out = first_tensor(name, module, "outputs", output)
             if out.grad_fn is None:
                 record.without_graph.add(layer.module)
                 return
-            in_data = _first_tensor(name, module, "arguments", args or kwargs)
+            in_data = first_tensor(name, module, "arguments", args or kwargs)
             if check is not None:
                 check(layer, module, in_data, out)
-            call = Call(in_data.detach(), out.shape, _output_edge(out), in_data._version)
+            call = Call(in_data.detach(), out.shape, output_edge(out), in_data._version)
             record.calls.setdefault(layer.module, []).append(call)
 
         # First of all hooks: the user's own may replace the output.

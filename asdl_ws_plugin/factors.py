@@ -20,6 +20,8 @@ Layers" (2023).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "accumulation_dtype",
     "expand_factor_A",
     "expand_factor_B",
+    "full_precision",
     "mean_patches",
     "patches",
     "per_example_grads",
@@ -46,6 +49,16 @@ _CHUNK_NUMEL = 1 << 24
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which factors of data of this dtype are accumulated: at least float32."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast: a user's may be active around a whole step, and would compute factors in half precision."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def rows(x: Tensor) -> Tensor:

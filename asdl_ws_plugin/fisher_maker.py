@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from asdl.fisher import FisherConfig, FisherMaker
 from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_FULL, SHAPE_KFE
 from asdl.symmatrix import SymMatrix
@@ -20,19 +21,23 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from .batch import Batch
+from .blocks import parameters_of
 from .capture import Layer, Record, recording
+from .factors import full_precision
 from .layout import infer_num_examples, leading_sizes
 from .loss import (
+    LOSS_BINARY_CROSS_ENTROPY,
     LOSS_TYPES,
     LossObserver,
     LossTerms,
     exact_output_grads,
+    positions_of_terms,
     read_loss,
     sampled_output_grads,
 )
-from .matrices import corrected, merge, tensors
+from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained, unshare
 from .plan import Plan
-from .positions import Positions, positions_of
+from .positions import GRAPH, Positions, positions_of, take_own_positions
 from .rules import SEQUENCE_FIRST
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
@@ -41,6 +46,14 @@ FISHER_FORWARD_ONLY = "fisher_forward_only"
 FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
+
+
+def check_batch(logits: Any, loss: Tensor | None) -> None:
+    """Raise a ValueError if there are no examples, a FloatingPointError if the loss is not finite."""
+    if isinstance(logits, Tensor) and logits.numel() == 0:
+        raise ValueError(f"The batch is empty: the logits have sizes {tuple(logits.shape)}.")
+    if loss is not None and not bool(torch.isfinite(loss).all()):
+        raise FloatingPointError(f"The loss is {loss.detach().cpu().tolist()}; nothing was updated.")
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -148,17 +161,16 @@ class WeightSharingFisherMaker(FisherMaker):
             raise TypeError(
                 f"The logits have to be a tensor, got {type(logits).__name__}. Select them with setup_logits_repr."
             )
-        if logits.numel() == 0:
-            raise ValueError(f"The batch is empty: the logits have sizes {tuple(logits.shape)}.")
-        if loss is not None and not bool(torch.isfinite(loss).all()):
-            raise FloatingPointError(f"The loss is {loss.detach().cpu().tolist()}; nothing was updated.")
+        check_batch(logits, loss)
         if not record.calls:
             raise RuntimeError(self._nothing_seen(layers, record))
+        if not logits.requires_grad and config.fisher_type in (FISHER_EXACT, FISHER_MC):
+            raise RuntimeError("The logits do not depend on any parameter that requires a gradient.")
 
         loss_type = None if self.is_fisher_emp else config.loss_type
         terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
-        num_examples, positions = self._num_examples(layers, record)
-        plan.decide(terms.num_rows, num_examples)
+        num_examples, positions = count_examples(plan, record, logits, self._model_args, self._model_kwargs)
+        plan.decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
         if data_size == _INVALID_DATA_SIZE:
             if loss is None:
                 raise ValueError("data_size is not specified, and there is no loss to tell it from.")
@@ -169,7 +181,7 @@ class WeightSharingFisherMaker(FisherMaker):
             scale_B = scale_A
 
         self._record_requires_grad()
-        batch = Batch(self.model, plan, layers, record, num_examples, positions, scale_A, fvp=fvp, vec=vec)
+        batch = self._new_batch(layers, record, num_examples, positions, scale_A, fvp, vec)
         batch.take_inputs()
         self._backward(batch, terms, loss, scale_B, calc_loss_grad)
         self.unseen = batch.unseen()
@@ -179,17 +191,25 @@ class WeightSharingFisherMaker(FisherMaker):
             self._invert(layers, damping)
         return self._model_output, loss if self.is_fisher_emp or calc_loss_grad else None
 
+    def _new_batch(
+        self, layers: list[Layer], record: Record, num_examples: int, positions: dict[nn.Module, Positions],
+        scale_A: Any, fvp: bool, vec: ParamVector | None,
+    ) -> Batch:
+        return Batch(self.model, self.plan, layers, record, num_examples, positions, scale_A, fvp=fvp, vec=vec)
+
     def _forward(self, layers: list[Layer], has_loss: bool) -> tuple[Record, Tensor | None, list[Any]]:
         loss, observer = None, LossObserver()
         # A loss given by its representation may have been computed inside of the model.
         watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
         with recording(layers, self.plan.check_call) as record, watch:
+            record.positions.update(take_own_positions(self.model))
             self.call_model()
         if has_loss:
             with observer:
                 loss = self.call_loss()
         return record, loss, observer.observations
 
+    @full_precision()
     def _backward(
         self, batch: Batch, terms: LossTerms, loss: Tensor | None, scale_B: Any, calc_loss_grad: bool
     ) -> None:
@@ -236,27 +256,6 @@ class WeightSharingFisherMaker(FisherMaker):
             reduction = function.keywords.get("reduction", getattr(function.func, "reduction", None))
         return reduction
 
-    def _num_examples(self, layers: list[Layer], record: Record) -> tuple[int, dict[nn.Module, Positions]]:
-        """N, and what was said of the positions of the layers' modules."""
-        logits = self._logits
-        positions: dict[nn.Module, Positions] = {}
-        for layer in layers:
-            said = record.positions.get(layer.module) or positions_of(layer.module)
-            if said is not None and layer.module in record.calls:
-                positions[layer.module] = said
-        if positions:
-            return _agreed_num_examples(layers, positions, logits)
-        book = self.plan.layouts
-        declared = [
-            call.unmodified_input(layer.name)
-            for layer in layers
-            if book.rule.get(layer.module, book.declared.get(layer.module)) == SEQUENCE_FIRST
-            for call in record.calls.get(layer.module, ())
-        ]
-        sequence_first = next((tuple(x.shape[:-1]) for x in declared if x.ndim > 2), None)
-        inputs = leading_sizes([self._model_args, self._model_kwargs])
-        return infer_num_examples(logits.shape[:-1] or logits.shape, inputs, sequence_first), {}
-
     def _positions(self, terms: LossTerms, batch: Batch) -> tuple[Tensor, int]:
         """The position of every loss term within its example, and the number of positions."""
         logits = self._logits
@@ -266,10 +265,15 @@ class WeightSharingFisherMaker(FisherMaker):
         sizes = logits.shape[:-1]
         rows = sizes.numel()
         ids = torch.arange(rows, device=logits.device)
-        parts = [part for said in batch.positions.values() for part in said.roles.values()]
-        ragged = next((part for part in parts if len(part) == rows), None)
+        # Rows of the logits that are one for each example come first: there may be as many nodes.
+        parts = sorted(
+            ((role != GRAPH, part) for said in batch.positions.values() for role, part in said.roles.items()),
+            key=lambda entry: entry[0],
+        )
+        ragged = next((part for _, part in parts if len(part) == rows), None)
         if ragged is not None:
-            return self._selected(terms, logits, ragged.rank()), max(1, int(ragged.counts().max()))
+            rank, num_positions = ragged.rank(), max(1, int(ragged.counts().max()))
+            return rank if num_positions == 1 else positions_of_terms(terms, self._logits, rank), num_positions
         if sizes[0] % num_examples == 0 and not (len(sizes) > 1 and sizes[1] == num_examples != sizes[0]):
             position = ids % (rows // num_examples)
         elif len(sizes) > 1 and sizes[1] == num_examples:
@@ -277,34 +281,11 @@ class WeightSharingFisherMaker(FisherMaker):
             position = ids // (num_examples * inner) * inner + ids % inner
         else:
             raise ValueError(f"Logits of sizes {tuple(logits.shape)} do not hold {num_examples} examples.")
-        return self._selected(terms, logits, position), rows // num_examples
-
-    @staticmethod
-    def _selected(terms: LossTerms, logits: Tensor, position: Tensor) -> Tensor:
-        """The positions of the loss's terms, given those of the rows of the logits."""
-        rows = len(position)
-        x = terms.logits.movedim(terms.class_dim, -1)
-        if x.reshape(-1, x.shape[-1]).shape[0] == rows and x.data_ptr() == logits.data_ptr():
-            return position
-        # The loss selects or reorders rows: find out which by sending row numbers back through the selection. They sum
-        # up to zero over the classes, and so they pass through a log_softmax unchanged.
-        probe = torch.zeros_like(x)
-        row_numbers = torch.arange(1, x.numel() // x.shape[-1] + 1, device=x.device, dtype=x.dtype)
-        probe.view(-1, x.shape[-1])[:, 0] = row_numbers
-        if x.shape[-1] > 1:
-            probe.view(-1, x.shape[-1])[:, 1] = -row_numbers
-        (found,) = torch.autograd.grad(x, logits, probe, retain_graph=True)
-        number = found.reshape(rows, -1)[:, 0].round().long()
-        order = number[number > 0] - 1
-        expected = torch.arange(len(order), device=order.device)
-        if not torch.equal(order.sort().values, expected) or len(order) != x.numel() // x.shape[-1]:
-            raise ValueError("fisher_exact needs a loss of logits that are rows of the model's logits.")
-        selected = torch.empty_like(order)
-        selected[order] = position[number > 0]
-        return selected
+        return positions_of_terms(terms, self._logits, position), rows // num_examples
 
     def _record_requires_grad(self) -> None:
-        for p in self.model.parameters():  # upstream's operations ask for it
+        blocks = (p for layer in self.plan.layers for p in parameters_of(layer.module))
+        for p in (*self.model.parameters(), *blocks):  # upstream's operations ask for it
             record_original_requires_grad(p)
 
     def _nothing_seen(self, layers: list[Layer], record: Record) -> str:
@@ -326,7 +307,7 @@ class WeightSharingFisherMaker(FisherMaker):
             if reason is None:
                 continue
             if layer.module in record.without_graph and layer.module not in record.calls:
-                grads = [p for p in layer.module.parameters() if p.grad is not None and p.requires_grad]
+                grads = [p for p in parameters_of(layer.module) if p.grad is not None and p.requires_grad]
                 reason = "ran without an autograd graph (no_grad, or reentrant activation checkpointing)"
                 if grads:
                     raise RuntimeError(
@@ -344,6 +325,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
     # ------------------------------------------------------------------------------------------ the results
 
+    @full_precision()
     def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
         """Make the batch's matrices the modules' own, all or none."""
         attr = self.config.fvp_attr if fvp else self.config.fisher_attr
@@ -361,12 +343,19 @@ class WeightSharingFisherMaker(FisherMaker):
         results = [(module, result) for module, result in results if result is not None]
         if not fvp:
             results = [(module, corrected(matrix)) for module, matrix in results]
+            for module, matrix in results:
+                matrix.trained = trained(module)
+            if dist.is_initialized():  # ranks may own one of several layers that share A
+                unshare(matrix for _, matrix in results)
             self._check_finite(results, batch)
         if accumulate and not fvp:
             merged = []
+            shared = shared_tensors(new for _, new in results)
             for module, new in results:
                 old = getattr(module, attr, None)
-                merged.append((module, new if old is None else merge(new, old, self.decay)))
+                if old is not None and is_of(old, module):  # else the layer was frozen or unfrozen: a new average
+                    new = merge(new, old, self.decay, shared)
+                merged.append((module, new))
             results = merged
         else:
             self.zero_fisher(fvp=fvp)
@@ -382,8 +371,11 @@ class WeightSharingFisherMaker(FisherMaker):
                 name = next((layer.name for layer in batch.layers if layer.module is module), "")
                 raise FloatingPointError(f"Layer '{name}': its curvature is not finite; nothing was updated.")
 
+    @full_precision()
     def _invert(self, layers: list[Layer], damping: float | None) -> None:
         modules = [(layer.name, layer.module) for layer in layers] + [("", self.model)]
+        attr = self.config.fisher_attr
+        share_inverses((module, matrix) for _, module in modules if (matrix := getattr(module, attr, None)) is not None)
         for name, module in modules:
             matrix = getattr(module, self.config.fisher_attr, None)
             if matrix is None:
@@ -394,6 +386,37 @@ class WeightSharingFisherMaker(FisherMaker):
                 raise torch.linalg.LinAlgError(
                     f"Layer '{name}': its curvature plus damping {damping} is not positive definite. ({error})"
                 ) from error
+
+
+def count_examples(
+    plan: Plan, record: Record, logits: Tensor, args: Any, kwargs: Any
+) -> tuple[int, dict[nn.Module, Positions]]:
+    """N of the batch that was recorded, and what was said of the positions of the layers' modules.
+
+    Args:
+        args, kwargs: those of the model.
+    """
+    positions: dict[nn.Module, Positions] = {}
+    for layer in plan.layers:
+        said = record.positions.get(layer.module) or positions_of(layer.module)
+        if said is not None and layer.module in record.calls:
+            positions[layer.module] = said
+    if positions:
+        return _agreed_num_examples(plan.layers, positions, logits)
+    book = plan.layouts
+    declared = [
+        call.unmodified_input(layer.name)
+        for layer in plan.layers
+        if book.rule.get(layer.module, book.declared.get(layer.module)) == SEQUENCE_FIRST
+        for call in record.calls.get(layer.module, ())
+    ]
+    sequence_first = next((tuple(x.shape[:-1]) for x in declared if x.ndim > 2), None)
+    return infer_num_examples(logits.shape[:-1] or logits.shape, leading_sizes([args, kwargs]), sequence_first), {}
+
+
+def _num_logits_of_examples(positions: dict[nn.Module, Positions], num_examples: int) -> int:
+    """How many rows the logits have if there is one for each example: those of padding graphs are among them."""
+    return max((len(said.roles[GRAPH]) for said in positions.values() if GRAPH in said.roles), default=num_examples)
 
 
 def _agreed_num_examples(
@@ -415,3 +438,18 @@ def _agreed_num_examples(
             completed = {id(said): said.with_num_examples(num_examples) for said in positions.values()}
             positions = {module: completed[id(said)] for module, said in positions.items()}
     return num_examples, positions
+
+
+def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFisherMaker | None:
+    """The maker for a configuration with ``shared_dim``; ``None`` for one without, which is ASDL's own affair.
+
+    Raises a ValueError for a configuration without it of a type that only a maker with it has.
+    """
+    if config.shared_dim is not None:
+        return WeightSharingFisherMaker(model, config)
+    for value in (config.fisher_type, config.loss_type):
+        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY):
+            raise ValueError(
+                f"'{value}' needs shared_dim; without weight sharing 'reduce' and 'expand' are the same, choose either."
+            )
+    return None

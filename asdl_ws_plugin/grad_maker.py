@@ -15,15 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from asdl.matrices import SHAPE_KFE, SHAPE_KRON, SHAPE_SWIFT_KRON
+from asdl.matrices import SHAPE_KFE
 from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
 from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
+from .blocks import has_blocks, parameters_of
+from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch
-from .matrices import copy_inverses, diagonals, pairs
+from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondition_bias, share_inverses
+from .positions import take_own_positions
 from .registry import supported_classes
+from .rules import matches_any
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -97,6 +101,7 @@ class WeightSharing(NaturalGradientMaker):
 
     def forward(self) -> None:
         """Of a step without curvature: such a step refuses what one with curvature would refuse."""
+        take_own_positions(self.model)  # a layer's own segments are those of one step
         super().forward()
         check_batch(self._logits, self._loss)
 
@@ -111,11 +116,15 @@ class WeightSharing(NaturalGradientMaker):
         self.fisher_maker.decay = 1.0
         super().update_curvature()
 
+    @full_precision()
     def update_preconditioner(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, with the factors restored to the last bit after damping was added and taken away again."""
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [("the model", self.model)]
         matrices = [(name, matrix) for name, module in named
                     if (matrix := self._get_module_fisher(module)) is not None]
+        if self.world_size == 1:
+            share_inverses((layer.module, matrix) for layer in self.plan.layers
+                           if (matrix := self._get_module_fisher(layer.module)) is not None)
         saved = [(name, *pair) for name, matrix in matrices for pair in diagonals(matrix)]
         if self.do_accumulate and not args and not kwargs:
             for _, matrix in matrices:  # upstream leaves the inverse of a factor that became zero as it was
@@ -145,7 +154,7 @@ class WeightSharing(NaturalGradientMaker):
     def _report_zero(self, matrices: list[tuple[str, SymMatrix]]) -> None:
         zero = [name for name, matrix in matrices
                 if matrix.kron is not None and matrix.kron.has_data and not matrix.kron.has_inv]
-        if zero and self.do_accumulate and not self._zero_reported:
+        if zero and not self._zero_reported:
             self._zero_reported = True
             warnings.warn(
                 f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero, as it is behind a "
@@ -158,6 +167,17 @@ class WeightSharing(NaturalGradientMaker):
     def named_modules_for(self, shape: str) -> list[tuple[str, nn.Module]]:
         return [(layer.name, layer.module) for layer in self.plan.layers_of(shape)]
 
+    def _is_supported(self, module_name: str, module: nn.Module) -> bool:
+        # Upstream takes the model's device from the parameters of supported layers, and blocks have none of their own.
+        if has_blocks(module):
+            return not matches_any(module_name, module, self.config.ignore_modules or ())
+        return super()._is_supported(module_name, module)
+
+    def parameters_for(self, shape: str) -> Iterator[nn.Parameter]:
+        """Upstream's, with the views of layers whose weight is a part of a Parameter."""
+        for module in self.modules_for(shape):
+            yield from (p for p in parameters_of(module) if p.requires_grad)
+
     def is_module_for_inv_and_precondition(self, module: nn.Module) -> bool:
         return module in self.plan
 
@@ -169,19 +189,33 @@ class WeightSharing(NaturalGradientMaker):
         """Upstream's, for a layer that took part in the last curvature update and has a gradient."""
         given = vectors is not None or vec_weight is not None
         matrix = self._get_module_fisher(module)
-        if module in self.fisher_maker.unseen or matrix is None:
+        if module in self.fisher_maker.unseen or matrix is None or not is_of(matrix, module):
             return
-        trainable = [p for p in (module.weight, getattr(module, "bias", None)) if p is not None and p.requires_grad]
+        bias: Any = getattr(module, "bias", None)
+        trainable: list[Any] = [p for p in (module.weight, bias) if p is not None and p.requires_grad]
         if not given and any(p.grad is None for p in trainable):
             return
         use_inv = use_inv and shape != SHAPE_KFE  # an eigenbasis is inverted as it is multiplied with
         if module.weight.requires_grad or given:
-            super()._precondition_module(module, shape, vectors, vec_weight, vec_bias, grad_scale, use_inv)
-        elif shape in (SHAPE_KRON, SHAPE_SWIFT_KRON):  # the weight is frozen: the bias alone, by B alone
-            inverse = matrix.kron.B_inv
-            if inverse is not None:
-                grad: Any = module.bias.grad
-                grad.copy_(inverse @ grad.mul_(self.grad_scale if grad_scale is None else grad_scale))
+            if not given and any(p.grad.dtype != dtype_of(matrix) for p in trainable):
+                # half precision, beside curvature in float32
+                exact = [p.grad.to(dtype_of(matrix)) for p in trainable]
+                vec_weight, vec_bias = [*exact, None][:2]
+                super()._precondition_module(module, shape, None, vec_weight, vec_bias, grad_scale, use_inv)
+                for p, vec in zip(trainable, exact, strict=True):
+                    p.grad.copy_(vec)
+            else:
+                super()._precondition_module(module, shape, vectors, vec_weight, vec_bias, grad_scale, use_inv)
+            others = [m.bias for _, m in self.plan.layer_of(module).tied if m.bias is not None and m.bias is not bias]
+        else:
+            others = [bias]
+        if given:
+            return
+        for p in others:  # without a weight of their own
+            if p is not None and p.requires_grad and p.grad is not None:
+                grad: Any = p.grad
+                grad.mul_(self.grad_scale if grad_scale is None else grad_scale)
+                precondition_bias(matrix, grad, self.config.damping)
 
     # ------------------------------------------------------------------------------------------- distribution
     #
@@ -193,6 +227,7 @@ class WeightSharing(NaturalGradientMaker):
         for tensor in self.get_fisher_from_model():
             dist.all_reduce(tensor, op=dist.ReduceOp.AVG, group=self.sync_group)
 
+    @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
         if self.world_size > 1:
             self._all_reduce_grad(self.model, op=dist.ReduceOp.AVG)
@@ -204,7 +239,7 @@ class WeightSharing(NaturalGradientMaker):
 
     def computational_cost(self, shape: str, module: nn.Module) -> float:
         """Upstream's estimate, without its assertion on the class's name."""
-        return sum(p.numel() for p in module.parameters(recurse=False)) ** 0.3
+        return sum(p.numel() for p in parameters_of(module)) ** 0.3
 
     def get_distr_prec_partition(self) -> list[list[int]]:
         if self.world_size > 1:
@@ -228,7 +263,17 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
 
 
 def check(maker: WeightSharing) -> None:
-    """Refuse what upstream computes wrongly and this package does not mend."""
+    """Refuse what upstream computes wrongly and this package does not mend, and options that make no sense."""
+    config = maker.config
+    if config.damping < 0:
+        raise ValueError(f"damping has to be at least 0, got {config.damping!r}.")
+    if config.data_size < 1 and config.data_size != -1:  # upstream's mark for "not given"
+        raise ValueError(f"data_size has to be a number of examples, got {config.data_size!r}.")
+    if maker.do_accumulate and not 0 < config.ema_decay <= 1:
+        raise ValueError(f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay!r}.")
+    for name in ("curvature_upd_interval", "preconditioner_upd_interval"):
+        if (interval := getattr(config, name)) is not None and interval < 1:
+            raise ValueError(f"{name} has to be at least 1, got {interval!r}.")
     if maker.world_size > 1 and not maker.do_accumulate:
         raise NotImplementedError(
             "Distributed training needs the moving average: without it ASDL averages the owner's preconditioned "

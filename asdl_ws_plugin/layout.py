@@ -9,9 +9,10 @@ not (the windows of a Swin Transformer, a decoder that flattens). *Sequence firs
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .ragged import Segments
@@ -99,12 +100,20 @@ class LayoutBook:
         return candidates[0]
 
     def resolve_role(
-        self, name: str, module: nn.Module, call: int, num_rows: int, roles: Mapping[str, Segments]
+        self, name: str, module: nn.Module, call: int, num_rows: int, roles: Mapping[str, Segments],
+        device: torch.device | None = None,
     ) -> Segments:
         """The segments of the rows of a layer's ``call``-th call: by its role, or by the number of its rows.
 
-        Raises a ValueError if the role was not given, no role has that many rows, or several have.
+        Raises a ValueError if the role was not given, no role has that many rows, or several have; or if the index is
+        on another device than the rows.
         """
+        elsewhere = next((part.device for part in roles.values() if device not in (None, part.device)), None)
+        if elsewhere is not None:
+            raise ValueError(
+                f"Layer '{name}': its input is on {device}, but the index of its rows on {elsewhere}. Move the index "
+                f"to {device}."
+            )
         known = ", ".join(f"'{role}' with {len(part)} rows" for role, part in roles.items())
         role = str(getattr(module, "role", None) or "")
         if role and role not in roles:
@@ -131,6 +140,16 @@ class LayoutBook:
         if len(fitting) == 1:
             self.roles[module, call] = fitting[0]
         return roles[fitting[0]]
+
+    def remember(self) -> Callable[[], None]:
+        """A function that takes back what was settled after now."""
+        settled, roles = dict(self.settled), dict(self.roles)
+
+        def restore() -> None:
+            self.settled, self.roles = settled, roles
+            self._assumed.clear()
+
+        return restore
 
     def report_assumed(self, num_examples: int) -> None:
         """Warn, once for a batch, of the layers whose layout was assumed since the last call."""

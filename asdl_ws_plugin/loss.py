@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from .factors import accumulation_dtype
 
-__all__ = ["LOSS_BINARY_CROSS_ENTROPY", "LossObserver", "LossTerms", "exact_output_grads", "sampled_output_grads"]
+__all__ = [
+    "LOSS_BINARY_CROSS_ENTROPY", "LossObserver", "LossTerms", "exact_output_grads", "positions_of_terms", "read_loss",
+    "sampled_output_grads",
+]
 
 LOSS_BINARY_CROSS_ENTROPY = "binary_cross_entropy"
 LOSS_TYPES = (LOSS_CROSS_ENTROPY, LOSS_MSE, LOSS_BINARY_CROSS_ENTROPY)
@@ -165,42 +168,86 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
             "setup_logits_repr(y.movedim(1, -1))."
         )
     class_dim = (1 if x.ndim > 1 else 0) if classes else -1
+    scatter = None
     if classes:
         weight = _class_weights(arguments, x, class_dim)
     else:
         weight = _element_weights(arguments, x)
-        if x.ndim == 0 or (x.ndim < logits.ndim and x.numel() == logits.numel()):
+        scatter = _scatter_to_elements(x, logits)
+        if scatter is not None:  # the loss picks elements of the logits: each is a part of its row's term
+            picked = scatter(torch.ones_like(x))
+            weight = picked if weight is None else scatter(weight)
+        elif x.ndim == 0 or (x.ndim < logits.ndim and x.numel() == logits.numel()):
             x = _row_view(x, logits)  # the terms are rows of the logits, also where the loss saw them flattened
             weight = None if weight is None else weight.reshape(x.shape)
         elif x.ndim == 1:
             x, weight = x.unsqueeze(-1), None if weight is None else weight.unsqueeze(-1)
-    num_rows = x.numel() // max(1, x.shape[class_dim])
-
+    num_elements = x.numel()
     outer = (
         torch.ones((), dtype=loss.dtype, device=loss.device)
         if observed.output is loss
         else torch.autograd.grad(loss, observed.output, retain_graph=True)[0]
     )
+    if scatter is not None:
+        outer = scatter(outer) if outer.ndim else outer
+        x = logits if logits.ndim > 1 else logits.unsqueeze(-1)
+        picked, weight = picked.reshape(x.shape), weight.reshape(x.shape)
+    num_rows = x.numel() // max(1, x.shape[class_dim])
     reduction = arguments["reduction"]
     if reduction == "none" and observed.output.ndim:
         # The user reduces the terms: the weights are what the loss does with each.
         outer = outer.reshape(x.shape) if not classes else outer.unsqueeze(class_dim)
         count = torch.count_nonzero(outer)
-        mean_weight = outer.sum() / count
+        mean_weight = torch.where(count > 0, outer.sum() / count.clamp(min=1), 1)  # 1: nothing is left to weigh
         relative = outer / mean_weight
         weight = relative if weight is None else weight * relative
         num_terms: Tensor | float = 1 / mean_weight
-        if not classes and torch.isclose(outer.sum(), outer.new_ones(())):  # mean over elements: terms are rows
-            num_terms = torch.count_nonzero(outer.ne(0).any(-1))
+        if not classes:  # a mean over the elements, of those that are left in or of all of them: terms are rows
+            total = outer.sum()
+            if torch.isclose(total, torch.ones_like(total)):
+                num_terms = torch.count_nonzero(outer.ne(0).any(-1))
+            elif torch.isclose(total * num_elements, count.to(total.dtype)):
+                num_terms = num_rows
         return LossTerms(x, class_dim, weight, num_terms, 1 / mean_weight)
+    if reduction == "sum" and not classes:
+        given = arguments.get("weight")
+        given = torch.ones_like(observed.input) if given is None else given.to(x.dtype).expand_as(observed.input)
+        if torch.isclose(outer * given.sum(), torch.ones_like(outer)):  # divided by the sum of the weights: a mean
+            given = (scatter(given) if scatter is not None else given).reshape(x.shape)
+            mean_weight = given.sum() / torch.count_nonzero(given)
+            weight = None if weight is None else weight / mean_weight
+            num_terms = torch.count_nonzero(given.ne(0).any(-1))
+            return LossTerms(x, class_dim, weight, num_terms, 1 / (outer * mean_weight))
     if reduction == "sum":
         return LossTerms(x, class_dim, weight, 1 / outer, 1 / outer)
     if classes:
         hard = not torch.is_floating_point(arguments["target"])
         total = weight.sum() if weight is not None and hard else num_rows
         return LossTerms(x, class_dim, weight, total / outer, total / outer)
-    rows = num_rows if weight is None else torch.count_nonzero(weight.ne(0).expand_as(x).any(-1))
-    return LossTerms(x, class_dim, weight, rows / outer, x.numel() / outer)
+    rows = num_rows if scatter is None else torch.count_nonzero(picked.any(-1))
+    return LossTerms(x, class_dim, weight, rows / outer, num_elements / outer)
+
+
+def _scatter_to_elements(x: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """Where ``x`` is some of the logits' elements, each at most once: the function that puts values of the shape of
+    ``x`` in their places, and 0 in all others; ``None`` if ``x`` is anything else.
+    """
+    if not 0 < x.numel() < logits.numel():
+        return None
+
+    def scatter(values: Tensor) -> Tensor:
+        (placed,) = torch.autograd.grad(x, logits, values.to(x.dtype), retain_graph=True, allow_unused=True)
+        return placed
+
+    ones = scatter(torch.ones_like(x))
+    if ones is None:
+        return None
+    with torch.no_grad():
+        chosen = ones == 1
+        if int(chosen.sum()) != x.numel() or bool((ones != 0).ne(chosen).any()):
+            return None
+        same = torch.equal(logits[chosen].to(x.dtype).sort().values, x.flatten().sort().values)
+    return scatter if same else None
 
 
 def _row_view(x: Tensor, logits: Tensor) -> Tensor:
@@ -311,6 +358,38 @@ def exact_output_grads(
                     here = (position == r).reshape(logits.shape[:-1]).unsqueeze(-1).movedim(-1, terms.class_dim)
                     part = grads * here
                 yield part.to(terms.logits.dtype)
+
+
+def positions_of_terms(terms: LossTerms, logits: Tensor, position: Tensor) -> Tensor:
+    """The positions of the loss's terms ``(terms,)``, given those of the rows of the logits ``(rows,)``.
+
+    Raises a ValueError if the terms are not rows of the logits, each at most once.
+    """
+    rows = len(position)
+    x = terms.logits.movedim(terms.class_dim, -1)
+    if x.shape == logits.shape and x is not logits:  # the loss may replace elements, which are then constants
+        numbers = torch.arange(1, x.numel() + 1, device=x.device, dtype=x.dtype).view_as(x)
+        (found,) = torch.autograd.grad(x, logits, numbers, retain_graph=True)
+        if bool(((found == numbers) | (found == 0)).all()):
+            return position
+    if x.reshape(-1, x.shape[-1]).shape[0] == rows and x.data_ptr() == logits.data_ptr():
+        return position
+    # The loss selects or reorders rows: find out which by sending row numbers back through the selection. They sum
+    # up to zero over the classes, and so they pass through a log_softmax unchanged.
+    probe = torch.zeros_like(x)
+    row_numbers = torch.arange(1, x.numel() // x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    probe.view(-1, x.shape[-1])[:, 0] = row_numbers
+    if x.shape[-1] > 1:
+        probe.view(-1, x.shape[-1])[:, 1] = -row_numbers
+    (found,) = torch.autograd.grad(x, logits, probe, retain_graph=True)
+    number = found.reshape(rows, -1)[:, 0].round().long()
+    order = number[number > 0] - 1
+    expected = torch.arange(len(order), device=order.device)
+    if not torch.equal(order.sort().values, expected) or len(order) != x.numel() // x.shape[-1]:
+        raise ValueError("fisher_exact needs a loss of logits that are rows of the model's logits.")
+    selected = torch.empty_like(order)
+    selected[order] = position[number > 0]
+    return selected
 
 
 def _weighted(grads: Tensor, terms: LossTerms) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from . import factors
 from .ragged import Ragged
-from .registry import register_operation
+from .registry import ANY_STRATEGY, register_operation
 
 __all__ = [
     "BatchNorm", "Conv2dExpand", "Conv2dReduce", "Embedding", "LayerNorm", "LinearExpand", "LinearReduce",
@@ -157,6 +157,33 @@ class _Conv2d(_SumOverPositions, upstream.Conv2d):
     def preprocess_in_data(self, module: Any, in_data: Tensor, out_data: Tensor) -> Tensor:
         return factors.patches(in_data, module) if in_data.ndim == 4 else in_data
 
+    # A group's outputs see the patches of its own channels only. What follows the patches are ones, for the bias.
+    @staticmethod
+    def _groups(module: Any, in_data: Tensor, out_grads: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if module.groups == 1:
+            return [(in_data, out_grads)]
+        num_features = module.groups * module.weight[0].numel()
+        inputs, ones = in_data[..., :num_features], in_data[..., num_features:]
+        return [
+            (torch.cat([a, ones], dim=-1), b)
+            for a, b in zip(inputs.chunk(module.groups, -1), out_grads.chunk(module.groups, -1), strict=True)
+        ]
+
+    @staticmethod
+    def batch_grads_weight(module: Any, in_data: Tensor, out_grads: Tensor) -> Tensor:
+        grads = [factors.per_example_grads(a, b) for a, b in _Conv2d._groups(module, in_data, out_grads)]
+        return torch.cat(grads, dim=1).view(-1, *module.weight.shape)
+
+    @staticmethod
+    def cov_diag_weight(module: Any, in_data: Tensor, out_grads: Tensor) -> Tensor:
+        sums = [factors.per_example_square_sum(a, b) for a, b in _Conv2d._groups(module, in_data, out_grads)]
+        return torch.cat(sums).view_as(module.weight)
+
+    @staticmethod
+    def cov_unit_wise(module: Any, in_data: Tensor, out_grads: Tensor) -> Tensor:
+        groups = _Conv2d._groups(module, in_data, out_grads)
+        return torch.cat([_SumOverPositions.cov_unit_wise(module, a, b) for a, b in groups])
+
 
 class Conv2dExpand(_Expand, _Conv2d):
     """K-FAC-expand for ``nn.Conv2d`` (which is ASDL's K-FAC for convolutions)."""
@@ -270,7 +297,7 @@ def register_all() -> None:
     register_operation(nn.Linear, LinearReduce, REDUCE)
     register_operation(nn.Conv2d, Conv2dExpand, EXPAND)
     register_operation(nn.Conv2d, Conv2dReduce, REDUCE)
-    register_operation(nn.LayerNorm, LayerNorm)
-    register_operation(nn.BatchNorm1d, BatchNorm)
-    register_operation(nn.BatchNorm2d, BatchNorm)
-    register_operation(nn.Embedding, Embedding)
+    register_operation(nn.LayerNorm, LayerNorm, ANY_STRATEGY)
+    register_operation(nn.BatchNorm1d, BatchNorm, ANY_STRATEGY)
+    register_operation(nn.BatchNorm2d, BatchNorm, ANY_STRATEGY)
+    register_operation(nn.Embedding, Embedding, ANY_STRATEGY)

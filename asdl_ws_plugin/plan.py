@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from asdl.matrices import (
 from asdl.operations import Operation
 from torch import Tensor, nn
 
-from .capture import Layer
+from .blocks import LinearBlock, is_trainable, weight_key
+from .capture import Layer, first_tensor
 from .layout import LayoutBook, declared_layout
 from .operations import EXPAND, REDUCE
 from .registry import find_operation, is_supported
@@ -45,6 +46,8 @@ class Plan:
         shared_dim: a strategy, or rules.
         ignore_modules: ASDL's: modules, classes, parts of names.
         kronecker_only: leave out every layer that does not get Kronecker factors.
+        on_refusal: called with the name, the module and the error for a layer that cannot be handled, instead of
+            raising it; the layer is left out.
 
     Attributes:
         skipped: name -> why its curvature is not computed, for every supported layer that is left out.
@@ -61,6 +64,7 @@ class Plan:
         shared_dim: str | Sequence[Any],
         ignore_modules: Sequence[Any] | None = None,
         kronecker_only: bool = False,
+        on_refusal: Callable[[str, nn.Module, ValueError], None] | None = None,
     ) -> None:
         self.model = model
         self._kronecker_only = kronecker_only
@@ -69,8 +73,10 @@ class Plan:
         self.skipped: dict[str, str] = {}
         self._strategy: dict[nn.Module, str] = {}
         self._candidates: list[Layer] = []
-        self._by_weight: dict[int, Layer] = {}
+        self._by_weight: dict[Any, Layer] = {}
+        self._checked: set[nn.Module] = set()
         self._channels_first: dict[nn.Module, bool] = {}
+        self._unit_wise: set[nn.Module] = set()  # layers with a block for every unit, while there is more than a number
 
         shapes = Rules(fisher_shapes, "fisher_shape")
         shapes.check_values(SHAPES)
@@ -78,13 +84,23 @@ class Plan:
         supported = [(name, module) for name, module in model.named_modules() if is_supported(module)]
         rules.check_matches(supported)
         for name, module in supported:
-            if not matches_any(name, module, ignore_modules or ()):
+            if matches_any(name, module, ignore_modules or ()):
+                continue
+            try:
                 self._add(name, module, shapes, rules)
+            except ValueError as error:
+                if on_refusal is None:
+                    raise
+                on_refusal(name, module, error)
         self._settle_ties()
 
     def _add(self, name: str, module: nn.Module, shapes: Rules, rules: Rules) -> None:
         if not any(p is not None for p in (getattr(module, "weight", None), getattr(module, "bias", None))):
             return  # a LayerNorm without affine parameters
+        reason = _why_not(module)
+        if reason is not None:
+            self._skip(name, reason)
+            return
         shape_values = shapes.for_layer(name, module)
         if not shape_values:
             return
@@ -114,6 +130,8 @@ class Plan:
                 f"Leave it to the first-order optimizer with ignore_modules=['{name}'], or give it the shape "
                 f"'diag' or 'layer_wise'."
             )
+        if shape == SHAPE_UNIT_WISE:
+            self._unit_wise.add(module)
         self._candidates.append(Layer(name, module, shape))
         self._strategy[module] = strategy
         if layout is not None:
@@ -125,39 +143,55 @@ class Plan:
     def _settle_ties(self) -> None:
         """One layer for each weight. Linear layers that share it are one layer that is called several times."""
         embedded = {
-            id(module.weight): name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)
+            weight_key(module): name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)
         }
         layers: list[Layer] = []
         for layer in self._candidates:
-            weight = getattr(layer.module, "weight", None)
-            first = self._by_weight.get(id(weight)) if weight is not None else None
+            weight = weight_key(layer.module)
+            first = self._by_weight.get(weight) if weight is not None else None
             if first is not None and type(first.module) is type(layer.module):
+                if self._wanted(first) != self._wanted(layer):
+                    raise ValueError(
+                        f"Layer '{layer.name}' and '{first.name}' have one weight, but their rules are not the same: "
+                        f"{self._wanted(layer)} and {self._wanted(first)}."
+                    )
                 first.tied.append((layer.name, layer.module))
             elif first is not None:
                 self._skip(layer.name, f"its weight is tied to '{first.name}', which is of another type")
-            elif weight is not None and id(weight) in embedded and not isinstance(layer.module, nn.Embedding):
-                self._skip(layer.name, f"its weight is tied to the embedding '{embedded[id(weight)]}'")
+            elif weight is not None and weight in embedded and not isinstance(layer.module, nn.Embedding):
+                self._skip(layer.name, f"its weight is tied to the embedding '{embedded[weight]}'")
             else:
                 layers.append(layer)
                 if weight is not None:
-                    self._by_weight[id(weight)] = layer
+                    self._by_weight[weight] = layer
         self._candidates = layers
-        self._modules = {layer.module for layer in layers}
+        self._by_module = {layer.module: layer for layer in layers}
+
+    def _wanted(self, layer: Layer) -> tuple[str, str, str | None]:
+        return layer.shape, self._strategy[layer.module], self.layouts.rule.get(layer.module)
 
     def _skip(self, name: str, reason: str) -> None:
         self.skipped[name] = reason
         logger.info("layer '%s' is left to the first-order optimizer: %s", name, reason)
 
     def __contains__(self, module: nn.Module) -> bool:
-        return module in self._modules
+        return module in self._by_module
 
     @property
     def layers(self) -> list[Layer]:
         """The layers that have a trainable parameter now; freezing and unfreezing is seen at once."""
-        return [layer for layer in self._candidates if _is_trainable(layer.module)]
+        layers = [layer for layer in self._candidates if any(is_trainable(module) for module in layer.modules)]
+        for layer in layers:
+            if layer.module in self._unit_wise:
+                layer.shape = _unit_wise_or_diag(layer.module)
+        return layers
 
     def layers_of(self, shape: str) -> list[Layer]:
-        return [layer for layer in self._candidates if layer.shape == shape and _is_trainable(layer.module)]
+        return [layer for layer in self.layers if layer.shape == shape]
+
+    def layer_of(self, module: nn.Module) -> Layer:
+        """The layer that a module is the first, or the only one, of."""
+        return self._by_module[module]
 
     def strategy_of(self, layer: Layer) -> str | None:
         """The layer's strategy; ``None`` where ``'auto'`` has not decided yet."""
@@ -177,6 +211,16 @@ class Plan:
                 num_terms, num_examples, self.setting,
             )
 
+    def remember(self) -> Callable[[], None]:
+        """A function that takes back what was decided and settled after now."""
+        setting, restore_layouts = self.setting, self.layouts.remember()
+
+        def restore() -> None:
+            self.setting = setting
+            restore_layouts()
+
+        return restore
+
     def operation_of(self, layer: Layer) -> type[Operation]:
         strategy = self.strategy_of(layer)
         operation = find_operation(layer.module, strategy) if strategy is not None else None
@@ -184,7 +228,11 @@ class Plan:
         return operation
 
     def check_call(self, layer: Layer, module: nn.Module, in_data: Tensor, out: Tensor) -> None:
-        """Look at a call while its tensors are untouched: which dimension does a LayerNorm subclass normalize?"""
+        """Look at a call while its tensors are untouched: is a subclass's layer still what its base class is?"""
+        if isinstance(module, nn.Linear):
+            self._check_linear(layer, module, in_data)
+            return
+        # which dimension does a LayerNorm subclass normalize?
         if not isinstance(module, nn.LayerNorm) or type(module).forward is nn.LayerNorm.forward:
             return
         if module in self._channels_first:
@@ -204,6 +252,36 @@ class Plan:
             f"else. Leave it to the first-order optimizer with ignore_modules=['{layer.name}']."
         )
 
+    def _check_linear(self, layer: Layer, module: nn.Linear, in_data: Tensor) -> None:
+        """Whether the weight gradient of a subclass of ``nn.Linear`` is that of a linear layer of its input."""
+        forward = module.__dict__.get("forward") or type(module).forward
+        known = forward is nn.Linear.forward or (getattr(forward, "__module__", "") or "").startswith(__package__)
+        if known or module in self._checked or not module.weight.requires_grad:
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        devices = [in_data.device] if in_data.device.type != "cpu" else []
+        found: Tensor | None = None
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(devices, device_type=in_data.device.type):
+                out = first_tensor(layer.name, module, "outputs", module.forward(in_data.detach()))
+                cotangent = torch.arange(out.numel(), device=out.device).sin().view_as(out).to(out.dtype)
+                (found,) = torch.autograd.grad(out, module.weight, cotangent, allow_unused=True)
+        except TypeError:  # it wants more arguments
+            pass
+        finally:
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    buffer.copy_(saved)
+        if found is not None:
+            expected = cotangent.flatten(0, -2).mT.to(found.dtype) @ in_data.detach().flatten(0, -2).to(found.dtype)
+            if float((found - expected).norm()) <= 1e-2 * float(expected.norm()):
+                self._checked.add(module)
+                return
+        raise ValueError(
+            f"Layer '{layer.name}' ({type(module).__name__}) is a subclass of Linear that computes something else with "
+            f"its weight. Leave it to the first-order optimizer with ignore_modules=['{layer.name}']."
+        )
+
     def has_channels_first(self, module: nn.Module) -> bool:
         """Whether the layer's features are dimension 1 of its input."""
         if isinstance(module, (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -215,20 +293,29 @@ def _shape_for(name: str, module: nn.Module, shape: str) -> str | None:
     """The shape that is computed where the one asked for is another by a simpler name; ``None``: none."""
     if isinstance(module, nn.Embedding) and shape in (*_KRONECKER, SHAPE_UNIT_WISE):
         return None
-    if isinstance(module, _NORMALIZATIONS):
-        both = all(p is not None and p.requires_grad for p in (module.weight, module.bias))
-        if shape == SHAPE_UNIT_WISE and not both:
-            return SHAPE_DIAG  # one parameter a unit: its block is a number
-        if shape in _KRONECKER:
-            warnings.warn(
-                f"Layer '{name}' ({type(module).__name__}) has no Kronecker factors; it gets the shape "
-                f"'{SHAPE_UNIT_WISE if both else SHAPE_DIAG}'.",
-                stacklevel=4,
-            )
-            return SHAPE_UNIT_WISE if both else SHAPE_DIAG
+    if isinstance(module, _NORMALIZATIONS) and shape in _KRONECKER:
+        warnings.warn(
+            f"Layer '{name}' ({type(module).__name__}) has no Kronecker factors; it gets the shape "
+            f"'{SHAPE_UNIT_WISE}'.",
+            stacklevel=4,
+        )
+        return SHAPE_UNIT_WISE
     return shape
 
 
-def _is_trainable(module: nn.Module) -> bool:
-    parameters = (getattr(module, "weight", None), getattr(module, "bias", None))  # a user's layer may lack either
-    return any(p is not None and p.requires_grad for p in parameters)
+def _unit_wise_or_diag(module: nn.Module) -> str:
+    """A unit with one trainable parameter has a number for a block: the diagonal, which upstream can compute."""
+    weight, bias = (p is not None and p.requires_grad for p in (module.weight, getattr(module, "bias", None)))
+    is_block = weight and (bias or not isinstance(module, _NORMALIZATIONS))
+    return SHAPE_UNIT_WISE if is_block else SHAPE_DIAG
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why a layer of a supported type has no curvature of its own."""
+    reason = getattr(module, "_asdl_ws_skip", None)  # what convert knows of it
+    if reason is None and not isinstance(module, LinearBlock):
+        for name in ("weight", "bias"):
+            p = getattr(module, name, None)
+            if p is not None and not isinstance(p, nn.Parameter):
+                return f"its {name} is computed from other parameters (a parametrization)"
+    return reason

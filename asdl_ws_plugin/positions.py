@@ -26,6 +26,7 @@ __all__ = [
 
 GRAPH = "graph"  # the role of layers that see one row for each example
 _ATTRIBUTE = "_weight_sharing_positions"
+_OWN = "_weight_sharing_own_positions"
 
 
 @dataclass
@@ -43,6 +44,16 @@ class Positions:
     roles: dict[str, Segments] = field(default_factory=dict)
     masks: dict[str, Mask] = field(default_factory=dict)
     is_inferred: bool = False
+
+    def equals(self, other: Positions) -> bool:
+        """Whether the same was said."""
+        return (
+            self.num_examples == other.num_examples
+            and self.roles.keys() == other.roles.keys()
+            and self.masks.keys() == other.masks.keys()
+            and all(part.equals(other.roles[role]) for role, part in self.roles.items())
+            and all(torch.equal(mask.mask, other.masks[name].mask) for name, mask in self.masks.items())
+        )
 
     def with_num_examples(self, num_examples: int) -> Positions:
         """The same rows, with examples without rows at the end."""
@@ -88,24 +99,31 @@ class WeightSharingLinear(nn.Linear):
         num_examples: int | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Say which example each row of the next input belongs to (see :class:`~asdl_ws_plugin.ragged.Segments`).
+        """Say which example each row of the next step's input belongs to (see :class:`~asdl_ws_plugin.Segments`).
 
-        Raises a TypeError or ValueError for anything but that.
+        The gradient maker's next step uses them up, so that they are never those of an earlier batch. Raises a
+        TypeError or ValueError for anything but segments.
         """
         rows = Segments(index, ptr=ptr, num_examples=num_examples, mask=mask)
-        self.__dict__[_ATTRIBUTE] = Positions(rows.num_examples, {self.role or "rows": rows})
+        self.__dict__[_OWN] = Positions(rows.num_examples, {self.role or "rows": rows})
 
     def clear_segments(self) -> None:
         """Forget what :meth:`set_segments` said."""
-        self.__dict__.pop(_ATTRIBUTE, None)
+        self.__dict__.pop(_OWN, None)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", role={self.role!r}" if self.role is not None else "")
 
 
 def positions_of(module: nn.Module) -> Positions | None:
-    """What an enclosing :func:`segments`, :func:`padding` or :meth:`WeightSharingLinear.set_segments` said."""
+    """What an enclosing :func:`segments` or :func:`padding` said."""
     return module.__dict__.get(_ATTRIBUTE)
+
+
+def take_own_positions(model: nn.Module) -> dict[nn.Module, Positions]:
+    """What :meth:`WeightSharingLinear.set_segments` said since the last step; the layers forget it."""
+    found = {module: module.__dict__.pop(_OWN, None) for module in model.modules()}
+    return {module: positions for module, positions in found.items() if positions is not None}
 
 
 def _one_row_each(num_examples: int, like: Segments) -> Segments:
@@ -275,7 +293,14 @@ def _attach(model: nn.Module, compute: Callable[..., Any], make: Callable[[Any],
         if said is None:
             return
         positions = said if isinstance(said, Positions) else make(said)
-        record.positions.update(dict.fromkeys(module.modules(), positions))
+        for part in module.modules():
+            before = record.positions.setdefault(part, positions)
+            if before is not positions and not before.equals(positions):
+                raise ValueError(
+                    f"The segments of a {type(part).__name__} were given twice in this step, and are different: "
+                    f"{before.roles or before.masks} and {positions.roles or positions.masks}. Give them once, with a "
+                    "role for each call, as in attach_segments(model, lambda ...: {'node_a': ..., 'node_b': ...})."
+                )
 
     return model.register_forward_pre_hook(before_forward, with_kwargs=True)
 

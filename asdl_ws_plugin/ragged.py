@@ -135,6 +135,8 @@ class Segments(Ragged):
                 raise ValueError(f"mask has sizes {tuple(mask.shape)}, but there are {len(index)} rows.")
             if mask.device != index.device:
                 raise ValueError(f"mask is on {mask.device}, but index on {index.device}.")
+        if index.is_meta:
+            raise ValueError("index is on the meta device, where it has no values.")
         kept = index if mask is None else index[mask]
         low, high = (int(v) for v in kept.aminmax()) if kept.numel() else (0, -1)
         if low < 0:
@@ -171,7 +173,7 @@ class Segments(Ragged):
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"Segments({len(self)} rows, {self.num_positions} of {self.num_examples} examples)"
+        return f"Segments({self.num_positions} of {len(self)} rows, {self.num_examples} examples)"
 
     @property
     def device(self) -> torch.device:

@@ -10,24 +10,31 @@
 ===========================================  ======================================================================
 
 Without ``shared_dim`` upstream's own code runs, unchanged.
+
+An ASDL that carries the patches in ``patches/`` has the core of this package as ``asdl.weight_sharing``. There nothing
+is touched: the modules of that name here *are* those (:func:`adopt_native_modules`), with one registry and one set of
+classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import functools
+import importlib.util
 import inspect
+import pkgutil
+import sys
 import types
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-import torch
 from torch import nn
 
-__all__ = ["register", "require_asdl", "unregister"]
+from ._version import __version__
+
+__all__ = ["adopt_native_modules", "is_native", "register", "require_asdl", "unregister"]
 
 KNOWN_VERSIONS = ("0.1a4", "0.1a5")
 
@@ -57,19 +64,46 @@ def require_asdl() -> None:
         )
 
 
+def is_native() -> bool:
+    """Whether ASDL itself has weight sharing: it carries the patches."""
+    return importlib.util.find_spec("asdl.weight_sharing") is not None
+
+
+def adopt_native_modules() -> None:
+    """Let ``asdl.weight_sharing.plan`` be ``asdl_ws_plugin.plan``, and so on; to be called before any is imported.
+
+    Raises an ImportError if ASDL carries another version of them.
+    """
+    import asdl.weight_sharing as native
+
+    names = [module.name for module in pkgutil.iter_modules(native.__path__)]
+    version = importlib.import_module("asdl.weight_sharing._version").__version__ if "_version" in names else "a part"
+    if version != __version__:
+        raise ImportError(
+            f"This ASDL carries {version} of asdl_ws_plugin, which is {__version__}. Install the version that it "
+            "carries, or apply the patches of this one."
+        )
+    for name in names:
+        module = importlib.import_module(f"asdl.weight_sharing.{name}")
+        sys.modules[f"{__package__}.{name}"] = module
+        setattr(sys.modules[__package__], name, module)
+
+
 def register() -> None:
     """Let ASDL's gradient makers and configurations accept ``shared_dim``. Run by the import; idempotent."""
-    if _undo:
+    if _undo or is_native():
         return
     from asdl import fisher
     from asdl.precondition import natural_gradient
+
+    from . import nvtx
 
     _extend_config(fisher.FisherConfig)
     _replace_code(fisher.get_fisher_maker, _get_fisher_maker)
     for maker_class in (natural_gradient.NaturalGradientMaker, natural_gradient.KfacGradientMaker):
         _set(maker_class, "__init__", _accept_shared_dim(maker_class.__init__))
-    if not _has_nvtx():
-        _set(natural_gradient, "nvtx", types.SimpleNamespace(range=_no_range))
+    if not nvtx.has_nvtx():
+        _set(natural_gradient, "nvtx", nvtx)
 
 
 def unregister() -> None:
@@ -80,17 +114,9 @@ def unregister() -> None:
 
 def make_fisher_maker(model: nn.Module, config: Any) -> Any:
     """What ``asdl.get_fisher_maker`` does while this package is registered."""
-    from .fisher_maker import FISHER_FORWARD_ONLY, WeightSharingFisherMaker
-    from .loss import LOSS_BINARY_CROSS_ENTROPY
+    from .fisher_maker import find_fisher_maker
 
-    if config.shared_dim is not None:
-        return WeightSharingFisherMaker(model, config)
-    for value in (config.fisher_type, config.loss_type):
-        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY):
-            raise ValueError(
-                f"'{value}' needs shared_dim; without weight sharing 'reduce' and 'expand' are the same, choose either."
-            )
-    return _original_get_fisher_maker(model, config)
+    return find_fisher_maker(model, config) or _original_get_fisher_maker(model, config)
 
 
 # ------------------------------------------------------------------------------------------------------ the places
@@ -152,6 +178,8 @@ def _accept_shared_dim(init: Callable[..., None]) -> Callable[..., None]:
         token = _shared_dim.set(shared_dim)
         try:
             init(self, *args, **kwargs)
+        except StopIteration as error:  # upstream takes the device from the first parameter of a supported layer
+            raise ValueError("The model has no layer whose curvature could be computed.") from error
         finally:
             _shared_dim.reset(token)
         check(self)
@@ -164,16 +192,3 @@ def _accept_shared_dim(init: Callable[..., None]) -> Callable[..., None]:
         parameters=[*parameters[:at], option, *parameters[at:]]
     )
     return __init__
-
-
-def _has_nvtx() -> bool:
-    try:
-        with torch.cuda.nvtx.range("asdl_ws_plugin"):
-            return True
-    except RuntimeError:  # "NVTX functions not installed": a CPU-only build
-        return False
-
-
-@contextlib.contextmanager
-def _no_range(*args: Any, **kwargs: Any) -> Any:
-    yield

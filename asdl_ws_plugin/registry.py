@@ -5,7 +5,16 @@ from __future__ import annotations
 from asdl.operations import Operation
 from torch import nn
 
-__all__ = ["find_operation", "is_supported", "register_operation", "strategies"]
+from .blocks import has_blocks
+
+__all__ = [
+    "ANY_STRATEGY", "NO_STRATEGY", "find_operation", "is_supported", "register_operation", "strategies",
+    "supported_classes",
+]
+
+# Entries that are no strategies. ASDL's own operations, which make rows of all positions, are for layers without a
+# strategy only; the layers that are treated the same under every strategy are not for those.
+NO_STRATEGY, ANY_STRATEGY = "<none>", "<any>"
 
 _operations: dict[tuple[type[nn.Module], str | None], type[Operation]] = {}
 
@@ -23,7 +32,8 @@ def register_operation(
         module_class: a subclass of ``torch.nn.Module``.
         operation: a subclass of ``asdl.Operation``; :class:`~asdl_ws_plugin.operations.LinearReduce` and its
             siblings are meant to be subclassed.
-        shared_dim: the name of the strategy. ``None``: whatever the strategy, unless one is registered by name.
+        shared_dim: the name of the strategy. ``None``: whatever the strategy, unless one is registered by name, and
+            where ASDL itself has this registry, without a strategy, too.
 
     Raises:
         TypeError: an argument is not of that type.
@@ -40,25 +50,28 @@ def register_operation(
     _operations[module_class, shared_dim] = operation
 
 
-def find_operation(module: nn.Module, strategy: str) -> type[Operation] | None:
+def find_operation(module: nn.Module, strategy: str | None) -> type[Operation] | None:
     """The operation for this module: the nearest class in its hierarchy wins, a strategy's own over a general one."""
+    names = (None, NO_STRATEGY) if strategy is None else (strategy, None, ANY_STRATEGY)
     for cls in type(module).__mro__:
-        for key in ((cls, strategy), (cls, None)):
-            if key in _operations:
-                return _operations[key]
+        for name in names:
+            if (cls, name) in _operations:
+                return _operations[cls, name]
     return None
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether any strategy has an operation for this module."""
-    return any(isinstance(module, cls) for cls, _ in _operations)
+    """Whether any strategy has an operation for this module. A layer that was cut into blocks is none itself."""
+    return isinstance(module, supported_classes()) and not has_blocks(module)
 
 
-def supported_classes() -> tuple[type[nn.Module], ...]:
-    """The layer types that some strategy has an operation for."""
-    return tuple(dict.fromkeys(cls for cls, _ in _operations))
+def supported_classes(with_strategy: bool = True) -> tuple[type[nn.Module], ...]:
+    """The layer types that some strategy has an operation for, or those that have one without a strategy."""
+    return tuple(dict.fromkeys(
+        cls for cls, name in _operations if (name != NO_STRATEGY if with_strategy else name in (None, NO_STRATEGY))
+    ))
 
 
 def strategies() -> list[str]:
     """The names that ``shared_dim`` accepts as strategies."""
-    return list(dict.fromkeys(name for _, name in _operations if name is not None))
+    return list(dict.fromkeys(name for _, name in _operations if name not in (None, NO_STRATEGY, ANY_STRATEGY)))

@@ -186,7 +186,8 @@ def test_a_single_example(setting):
         x = x if position_dim else x.transpose(0, 1)
         fisher(model, setting, sum_loss, target, x, data_size=1)
         for layer in (model.fc1, model.fc2, model.head):
-            assert_factors(layer, empirical_factors(layer, lambda i: sum_loss(model(x), target), 1, setting))
+            assert_factors(layer, empirical_factors(
+                layer, lambda i, model=model, x=x, target=target: sum_loss(model(x), target), 1, setting))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -18,7 +18,7 @@ from asdl.fisher import FisherConfig, get_fisher_maker
 from torch import nn
 
 import asdl_ws_plugin
-from asdl_ws_plugin import registration
+from asdl_ws_plugin import nvtx
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")  # upstream's own
 ROOT = Path(asdl_ws_plugin.__file__).parents[1]
@@ -44,7 +44,7 @@ def train_once(maker_class=asdl.KfacGradientMaker, **options):
     return maker
 
 
-# ----------------------------------------------------------------------------------------------------------- import order
+# --------------------------------------------------------------------------------------------------------- import order
 
 
 def test_names_bound_before_the_import_accept_shared_dim():
@@ -90,7 +90,7 @@ def test_the_import_is_quiet_and_draws_in_neither_timm_nor_curvlinops():
     assert output == ""
 
 
-# ----------------------------------------------------------------------------------------------- idempotence and undoing
+# ---------------------------------------------------------------------------------------------- idempotence and undoing
 
 
 def everything_in_asdl():
@@ -109,7 +109,8 @@ def everything_in_asdl():
 
 
 def differences(before, after):
-    return {key for key in before.keys() | after.keys() if before.get(key) is not after.get(key)}
+    missing = object()
+    return {key for key in before.keys() | after.keys() if before.get(key, missing) is not after.get(key, missing)}
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_unregister_restores_every_place(registered):
         "get_fisher_maker.__code__", "nvtx", "KfacGradientMaker.__init__", "NaturalGradientMaker.__init__",
         *(f"FisherConfig.{name}" for name in
           ("__init__", "__repr__", "__eq__", "__dataclass_fields__", "__match_args__", "shared_dim")),
-    } - ({"nvtx"} if registration._has_nvtx() else set())
+    } - ({"nvtx"} if nvtx.has_nvtx() else set())
 
 
 def test_makers_that_exist_keep_working_after_unregister(registered):
@@ -165,7 +166,7 @@ def test_makers_that_exist_keep_working_after_unregister(registered):
     assert type(train_once().fisher_maker).__name__ == "FisherMCCrossEntropy"
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_an_unrelated_package_named_asdl_is_refused(tmp_path):
@@ -189,7 +190,7 @@ def test_an_asdl_that_fails_to_import_says_why(tmp_path):
     assert "a_module_that_does_not_exist" in output
 
 
-@pytest.mark.parametrize("version", ["0.2", "0.1a6"])
+@pytest.mark.parametrize("version", ["0.1a6"])
 def test_an_unknown_version_is_refused(tmp_path, version):
     info = tmp_path / f"asdfghjkl-{version}.dist-info"
     info.mkdir()
@@ -205,7 +206,7 @@ def test_an_unknown_version_is_refused(tmp_path, version):
         """, tmp_path), "a refused import left something behind"
 
 
-# --------------------------------------------------------------------------------------------- FisherConfig is a dataclass
+# ------------------------------------------------------------------------------------------ FisherConfig is a dataclass
 
 
 def test_the_configuration_is_still_a_dataclass():
@@ -231,7 +232,8 @@ def test_the_configuration_is_still_a_dataclass():
 
 def test_positional_arguments_mean_what_they_meant():
     config = FisherConfig("fisher_mc", ["kron"], "mse", 3, 2.0, 7)
-    assert (config.loss_type, config.n_mc_samples, config.var, config.seed, config.shared_dim) == ("mse", 3, 2.0, 7, None)
+    assert (config.loss_type, config.n_mc_samples, config.var, config.seed) == ("mse", 3, 2.0, 7)
+    assert config.shared_dim is None
 
 
 def test_signatures_tell_of_the_option():
@@ -252,7 +254,7 @@ def test_one_makers_option_does_not_reach_another():
     assert type(train_once()) is asdl.KfacGradientMaker
 
 
-# -------------------------------------------------------------------------------------- the new values need the new option
+# ----------------------------------------------------------------------------------- the new values need the new option
 
 
 @pytest.mark.parametrize("option", [{"fisher_type": asdl_ws_plugin.FISHER_FORWARD_ONLY},

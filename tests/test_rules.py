@@ -61,7 +61,7 @@ def strategies_of(rules, model=None):
 LINEAR = ["block1.qkv", "block1.proj", "block2.qkv", "block2.proj", "head"]
 
 
-# ---------------------------------------------------------------------------------------------------- which rule wins
+# ------------------------------------------------------------------------------------------------------ which rule wins
 
 
 def test_a_string_is_for_every_layer():
@@ -129,7 +129,7 @@ def test_a_layout_needs_no_strategy_beside_it():
     assert plan.layouts.rule[model.head] == "batch_first"
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 MAKERS = {
@@ -186,7 +186,7 @@ def test_two_default_shapes_are_refused():
         get_fisher_maker(Model(), FisherConfig("fisher_emp", ["kron", "diag"], shared_dim="reduce"))
 
 
-# ------------------------------------------------------------------------------- the factors that each layer then has
+# --------------------------------------------------------------------------------- the factors that each layer then has
 
 
 def test_every_layer_has_the_factors_of_its_own_rule():
@@ -223,7 +223,7 @@ def test_rules_through_ekfac():
             assert off_diagonal.abs().max() < 1e-10 * factor.abs().max()
 
 
-# --------------------------------------------------------------------------------------------- Fisher shapes by rules
+# ----------------------------------------------------------------------------------------------- Fisher shapes by rules
 
 
 class OwnNorm(nn.LayerNorm):
@@ -264,7 +264,7 @@ def test_kron_for_everything_gives_norms_their_own_shape_and_says_so():
         fisher(Model(), "reduce", F.cross_entropy, torch.randint(C, (N,)), batch()[0])
 
 
-# ------------------------------------------------------------------------------- operations and strategies of the user's
+# ------------------------------------------------------------------------------ operations and strategies of the user's
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_a_strategy_of_the_users_own(own_registry):
 
 def test_a_strategy_for_every_layer_needs_an_operation_for_each(own_registry):
     asdl_ws_plugin.register_operation(nn.Linear, FirstTokenOnly, shared_dim="mine")
-    with pytest.raises(ValueError, match=r"'conv'.*no operation for Conv2d under shared_dim='mine'.*register_operation"):
+    with pytest.raises(ValueError, match=r"'conv'.*no operation for Conv2d under.*'mine'.*register_operation"):
         kfac(Model(), "mine")
     model = Model()
     model.conv = nn.Flatten(2)  # and normalization layers, which know no strategy, need none
