@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from asdl.fisher import FisherConfig, FisherMaker
 from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_FULL, SHAPE_KFE
 from asdl.symmatrix import SymMatrix
@@ -35,7 +34,7 @@ from .loss import (
     read_loss,
     sampled_output_grads,
 )
-from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained, unshare
+from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
 from .plan import Plan
 from .positions import GRAPH, Positions, positions_of, take_own_positions
 from .rules import SEQUENCE_FIRST
@@ -345,8 +344,6 @@ class WeightSharingFisherMaker(FisherMaker):
             results = [(module, corrected(matrix)) for module, matrix in results]
             for module, matrix in results:
                 matrix.trained = trained(module)
-            if dist.is_initialized():  # ranks may own one of several layers that share A
-                unshare(matrix for _, matrix in results)
             self._check_finite(results, batch)
         if accumulate and not fvp:
             merged = []

@@ -117,7 +117,7 @@ class GCNConverter(Converter):
     def convert(self, site: Site) -> None:
         module: Any = site.module
         module.__class__ = _pyg_classes()["AggregateFirstGCNConv"]
-        if module.bias is not None:  # an attribute, not a Parameter of its own: state_dict stays as it is
+        if module.bias is not None:  # an attribute, not a Parameter of its own: names and state_dict stay
             module.lin.__dict__["bias"] = module.bias
 
     def revert(self, module: nn.Module) -> None:
@@ -143,6 +143,14 @@ def _pyg_classes() -> dict[str, type[nn.Module]]:
         @property
         def out_features(self) -> int:
             return self.out_channels
+
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            lent = self.__dict__.pop("bias", None)  # GCNConv's own, which saves it itself
+            try:
+                super()._save_to_state_dict(destination, prefix, keep_vars)
+            finally:
+                if lent is not None:
+                    self.__dict__["bias"] = lent
 
     class AggregateFirstGCNConv(GCNConv):
         """``GCNConv`` whose Linear sees aggregated rows, one for each node: ``φ(W x̃_n)`` of eq. 2.8."""

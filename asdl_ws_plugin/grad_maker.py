@@ -21,7 +21,7 @@ from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
-from .blocks import has_blocks, parameters_of
+from .blocks import LinearBlock, has_blocks, parameters_of
 from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch
 from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondition_bias, share_inverses
@@ -122,9 +122,8 @@ class WeightSharing(NaturalGradientMaker):
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [("the model", self.model)]
         matrices = [(name, matrix) for name, module in named
                     if (matrix := self._get_module_fisher(module)) is not None]
-        if self.world_size == 1:
-            share_inverses((layer.module, matrix) for layer in self.plan.layers
-                           if (matrix := self._get_module_fisher(layer.module)) is not None)
+        share_inverses((layer.module, matrix) for layer in self.plan.layers
+                       if (matrix := self._get_module_fisher(layer.module)) is not None)
         saved = [(name, *pair) for name, matrix in matrices for pair in diagonals(matrix)]
         if self.do_accumulate and not args and not kwargs:
             for _, matrix in matrices:  # upstream leaves the inverse of a factor that became zero as it was
@@ -236,6 +235,15 @@ class WeightSharing(NaturalGradientMaker):
     def all_gather_or_reduce_grad(self) -> None:
         gather = NaturalGradientMaker.all_gather_or_reduce_grad
         getattr(gather, "__wrapped__", gather)(self)  # its NVTX decorator fails on builds of torch without it
+        # The gradients of blocks are views, and their modules have no Parameters: upstream neither finds nor sets them.
+        for enum_shape, shape in enumerate(_module_level_shapes):
+            for enum_module, module in enumerate(self.modules_for(shape)):
+                if isinstance(module, LinearBlock):
+                    for p in parameters_of(module):
+                        if p.requires_grad and p.grad is not None:
+                            grad = p.grad.contiguous()
+                            dist.broadcast(grad, self.partitions[enum_shape][enum_module], group=self.sync_group)
+                            p.grad.copy_(grad)
 
     def computational_cost(self, shape: str, module: nn.Module) -> float:
         """Upstream's estimate, without its assertion on the class's name."""

@@ -182,37 +182,20 @@ def merge(
     return new
 
 
-def unshare(matrices: Iterable[SymMatrix]) -> None:
-    """Give every matrix an A of its own; changes the matrices in place."""
-    seen: set[int] = set()
-    for matrix in matrices:
-        if matrix.kron is not None and matrix.kron.A is not None:
-            if id(matrix.kron.A) in seen:
-                matrix.kron.A = matrix.kron.A.clone()
-            seen.add(id(matrix.kron.A))
-
-
 class _SharedA:
     """The A of the blocks of one layer: damped by what the blocks' B are on average, and inverted once."""
 
     def __init__(self, krons: list[symmatrix.Kron]) -> None:
-        self.size = len(krons)
         self.mean_B = torch.stack([kron.B.diagonal().mean() for kron in krons]).mean()
-        self._key: tuple[Any, Any, Any] = (None, None, None)
+        self._made_of: tuple[Any, ...] = ()
         self._inverse: Tensor | None = None
-        self._served: set[int] = set()
 
-    def inverse(self, kron: symmatrix.Kron, damping: float, eps: float) -> Tensor | None:
-        key = (kron.A, damping, eps)
-        if self._key[0] is not kron.A or self._key[1:] != key[1:] or id(kron) in self._served:
-            stand_in = symmatrix.Kron(kron.A, self.mean_B.view(1, 1))
+    def inverse(self, A: Tensor, damping: float, eps: float) -> Tensor | None:
+        if not self._made_of or self._made_of[0] is not A or self._made_of[1:] != (A._version, damping, eps):
+            stand_in = symmatrix.Kron(A, self.mean_B.view(1, 1))
             stand_in.update_inv(damping, calc_B_inv=False, eps=eps)
-            self._key, self._inverse, self._served = key, stand_in.A_inv, set()
-        self._served.add(id(kron))
-        inverse = self._inverse
-        if len(self._served) == self.size:
-            self._key, self._inverse, self._served = (None, None, None), None, set()
-        return inverse
+            self._inverse, self._made_of = stand_in.A_inv, (A, A._version, damping, eps)
+        return self._inverse
 
 
 class BlockKron(symmatrix.Kron):
@@ -234,7 +217,7 @@ class BlockKron(symmatrix.Kron):
         stand_in = symmatrix.Kron(
             (self.A.diagonal().mean() * self.B.diagonal().mean() / self._shared.mean_B).view(1, 1), self.B
         )
-        A_inv = self._shared.inverse(self, damping, eps) if calc_A_inv else None
+        A_inv = self._shared.inverse(self.A, damping, eps) if calc_A_inv else None
         if calc_B_inv:
             stand_in.update_inv(damping, calc_A_inv=False, eps=eps)
         for name, inverse in (("A", A_inv), ("B", stand_in.B_inv)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from asdl.matrices import SHAPE_KRON, SHAPE_UNIT_WISE
 from torch import nn
 
 from .batch import Batch
-from .blocks import LinearBlock, blocks_of, parameters_of
+from .blocks import LinearBlock, blocks_of, input_group, parameters_of
 from .capture import Layer, Record
 from .convert import convertible
 from .factors import accumulation_dtype
@@ -227,6 +228,7 @@ class _Builder:
         self.failed: dict[nn.Module, Exception] = {}
         self.arranged: dict[nn.Module, tuple[str, float]] = {}
         self.assumed: set[nn.Module] = set()
+        self.groups: set[nn.Module] = set()
         self.convertible = convertible(model)
         for layer in plan.layers:
             self._arrange(layer)
@@ -322,9 +324,15 @@ class _Builder:
             row.factor_sizes = {"blocks": (module.weight.numel(), 2, 2)}
         else:
             row.factor_sizes = {"diagonal": (row.num_parameters,)}
-        if module is layer.module and self.names[module] == row.name:  # those of a tied layer are listed once
-            numbers = sum(torch.Size(sizes).numel() for sizes in row.factor_sizes.values())
-            row.factor_bytes = row.inverse_bytes = numbers * itemsize
+        if self.names[module] != row.name:  # the matrices of tied layers are listed once
+            return
+        sizes = dict(row.factor_sizes)
+        group = input_group(module)
+        if group is not None and group in self.groups:
+            sizes.pop("A", None)  # blocks that a layer was split into share A and its inverse
+        elif group is not None:
+            self.groups.add(group)
+        row.factor_bytes = row.inverse_bytes = sum(torch.Size(s).numel() for s in sizes.values()) * itemsize
 
     def _notes(self, row: Row, module: nn.Module, layer: Layer, parameters: list[nn.Parameter]) -> Iterator[str]:
         others = [self.names[other] for other in layer.modules if other is not module]
@@ -444,9 +452,7 @@ def _sentence(text: str) -> str:
 
 
 def _explained(error: Exception, name: str) -> tuple[str, str]:
-    """An error message ``Layer 'name' ...: reason. Remedy.`` in its two parts."""
-    text = str(error)
-    for prefix in (f"Layer '{name}': ", f"Layer '{name}' "):
-        text = text.removeprefix(prefix)
+    """An error message ``Layer 'name' (Class): reason. Remedy.`` in its two parts."""
+    text = re.sub(r"^Layer '[^']*'(?: \(\w+\))?:? ", "", str(error))
     reason, _, remedy = text.partition(". ")
-    return _sentence(reason), remedy
+    return _sentence(reason), remedy or f"Leave it to the first-order optimizer with ignore_modules=['{name}']."

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from _timing import Parts
+from torch import Tensor, nn
 
 __all__ = ["BareKfac"]
 
@@ -45,7 +44,8 @@ class BareKfac:
             self.A[m] = m.weight.new_zeros(inputs, inputs)
             self.B[m] = m.weight.new_zeros(outputs, outputs)
         self.inverse: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._outputs: dict[nn.Module, Tensor] = {}
+        self._on_gradient: list[Any] = []
+        self._first: Tensor | None = None
 
     def step(self, x: Tensor, y: Tensor, curvature: bool, inverse: bool) -> Tensor:
         """Set ``.grad`` to the preconditioned gradient and return the loss."""
@@ -64,7 +64,7 @@ class BareKfac:
         return loss
 
     def _with_curvature(self, x: Tensor, y: Tensor) -> Tensor:
-        self._outputs = {}
+        self._on_gradient, self._first = [], None
         handles = [m.register_forward_hook(self._on_forward) for m in self.layers]
         with self.part("forward"):
             logits = self.model(x)
@@ -77,21 +77,20 @@ class BareKfac:
                     sampled = torch.softmax(logits, -1)
                     labels = torch.multinomial(sampled, 1)
                     sampled.scatter_add_(1, labels, -torch.ones_like(labels, dtype=sampled.dtype))
-                grads = list(torch.autograd.grad(logits, list(self._outputs.values()), sampled, retain_graph=True))
-            layers = list(self._outputs)
-            self._outputs = {}
-            while grads:
-                self._add_B(layers.pop(), grads.pop(), 1 / len(x))
+                # The patch embedding comes first, so a pass up to its output meets the outputs of all other layers.
+                torch.autograd.grad(logits, self._first, sampled, retain_graph=True)
+            for handle in self._on_gradient:
+                handle.remove()
         with self.part("backward"):
             loss.backward()
         return loss
 
     def _on_forward(self, m: nn.Module, args: Any, out: Tensor) -> None:
         self._add_A(m, args[0].detach())
-        if self.empirical:  # the gradient of the mean loss is 1/N of the summed loss's
-            out.register_hook(lambda grad: self._add_B(m, grad, out.shape[0]))
-        else:
-            self._outputs[m] = out
+        # The gradient of the mean loss is 1/N of the summed loss's; a sample's is that of the sum already.
+        scale = out.shape[0] if self.empirical else 1 / out.shape[0]
+        self._on_gradient.append(out.register_hook(lambda grad: self._add_B(m, grad, scale)))
+        self._first = out if self._first is None else self._first
 
     @torch.no_grad()
     def _add_A(self, m: nn.Module, x: Tensor) -> None:

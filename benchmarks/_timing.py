@@ -106,7 +106,9 @@ def alternate(
     Returns:
         name -> kind -> seconds, one number a round.
     """
-    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in kinds} for name, kinds in contenders.items()}
+    times: dict[str, dict[str, list[float]]] = {
+        name: {kind: [] for kind in kinds} for name, kinds in contenders.items()
+    }
     names = list(contenders)
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):

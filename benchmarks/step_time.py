@@ -20,30 +20,26 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import asdl
 import torch
 import torch.nn.functional as F
+from _bare_kfac import BareKfac
+from _timing import Parts, alternate, in_fresh_process, peak_memory_mib, weighted
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from _bare_kfac import BareKfac
-from _timing import Parts, alternate, in_fresh_process, peak_memory_mib, weighted
-
 import asdl_ws_plugin
-from asdl_ws_plugin import fisher_maker
 from asdl_ws_plugin._torchvision import make_importable
+from asdl_ws_plugin.batch import Batch
+from asdl_ws_plugin.fisher_maker import WeightSharingFisherMaker
 
 DAMPING, EMA_DECAY, LEARNING_RATE = 1e-3, 0.05, 1e-4
 
@@ -188,7 +184,7 @@ def check_same(size: Size, contender: Contender) -> float:
 @contextmanager
 def plugin_parts(part: Parts) -> Iterator[None]:
     """Note where the plugin's time goes: the same parts as the hand-written loop's, and ``other``."""
-    maker, batch = fisher_maker.WeightSharingFisherMaker, fisher_maker._Batch
+    maker, batch = WeightSharingFisherMaker, Batch
     natural = asdl.NaturalGradientMaker
     places: list[tuple[Any, str, str]] = [
         (maker, "_forward", "forward"), (natural, "forward", "forward"), (batch, "take_inputs", "A"),
@@ -296,8 +292,8 @@ def main() -> None:
 
     plain = statistics.median(times["plain"]["neither"])
     table = Table(title="A training step (medians; weighted by the schedule)")
-    columns = ("", "plugin ms", "bare ms", "plugin / bare", "target", "plugin / NAdam", "target", "plugin MiB", "bare MiB")
-    for column in columns:
+    for column in ("", "plugin ms", "bare ms", "plugin / bare", "target", "plugin / NAdam", "target", "plugin MiB",
+                   "bare MiB"):
         table.add_column(column, justify="right" if column else "left")
 
     def mib(name: str, by: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
-from by_example import assert_factors, empirical_factors, fisher, hooks_of, kfac, step
+from by_example import assert_factors, empirical_factors, fisher, hooks_of, kfac, kron, step
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -401,6 +401,39 @@ def test_a_factor_that_is_not_positive_definite_names_the_layer(ema_decay):
     maker.config.damping = 1e10
     step(maker, F.cross_entropy, target, x)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("interval", [1, 2])  # an inversion on a step with new curvature, and on one without
+def test_a_later_inversion_that_fails_leaves_averages_and_inverses(interval):
+    torch.set_default_dtype(torch.float32)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 40), nn.Tanh(), nn.Linear(40, C))
+    maker = kfac(model, ema_decay=0.5, damping=1e10, fisher_type="fisher_emp", scale=1e8,
+                 curvature_upd_interval=interval)
+    x, target = torch.randn(N, 2), torch.randint(C, (N,))
+    step(maker, F.cross_entropy, target, x)
+    matrices = [layer.fisher for layer in (model[0], model[2], model[4])]
+    model.zero_grad()
+    before = state_of(maker)
+    assert "fisher 2 kron.B_inv" in before
+    maker.config.damping = 0.0
+    with pytest.raises(torch.linalg.LinAlgError, match="Layer '2'"):
+        step(maker, F.cross_entropy, target, x)
+    assert_same(state_of(maker), before)
+    assert all(layer.fisher is matrix for layer, matrix in zip((model[0], model[2], model[4]), matrices, strict=True))
+
+
+def test_damping_leaves_the_averages_to_the_last_bit():
+    """Upstream adds it to the factor in place and takes it away again, which rounds."""
+    torch.set_default_dtype(torch.float32)
+    x, target, found = torch.randn(N, D), torch.randint(C, (N,)), []
+    for damping in (1e-6, 1e6):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4), nn.Linear(4, C))
+        maker = kfac(model, ema_decay=0.5, damping=damping, fisher_type="fisher_emp")
+        for _ in range(2):
+            step(maker, F.cross_entropy, target, x)
+        found.append([*kron(model[0]), *kron(model[2]), model[1].fisher.unit.data])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(
