@@ -1,6 +1,6 @@
 """What a K-FAC training step costs: the plugin beside the same arithmetic written by hand, and beside plain NAdam.
 
-    python benchmarks/step_time.py            # about ten minutes on two cores
+    python benchmarks/step_time.py            # takes minutes
     python benchmarks/step_time.py --quick    # a smaller model, to see whether it runs
 
 A timm ViT (depth 6, width 192, 64 tokens, 100 classes, batches of 128) is trained by NAdam, LayerNorms ignored, with

@@ -1,0 +1,208 @@
+"""Train a small Vision Transformer on scikit-learn's digits: NAdamW against K-FAC-reduce on top of the same NAdamW.
+
+    python examples/vit_digits.py
+
+As in section 4.2 of Eschenhagen (2023), K-FAC preconditions the gradient and hands the result to the baseline
+optimizer. Images are averaged over their tokens inside of the model, so the loss has one term for every image and the
+setting is 'reduce'.
+
+Learning rate and weight decay were chosen for each from the grid {1, 2, 4, 8}e-3 x {0.03, 0.3} (of K-FAC's eight
+trials, the two with 0.3 and the outer learning rates were left out), one seed (1) that the default below does not use,
+by the fewest steps to 95 % of the validation images; momenta, warm-up, decay and length are the same. Steps to
+95 % / 97 % of 475 in all ("-": not reached):
+
+============  ============  =========  =========  =========  =========
+optimizer     weight decay  lr 1e-3    lr 2e-3    lr 4e-3    lr 8e-3
+============  ============  =========  =========  =========  =========
+NAdamW        0.03          290 / -    260 / -    220 / 450  410 / -
+NAdamW        0.3           390 / -    300 / 390  290 / -    290 / -
+K-FAC-reduce  0.03          220 / -    270 / -    200 / 340  270 / -
+K-FAC-reduce  0.3                      220 / -    160 / 360
+============  ============  =========  =========  =========  =========
+
+The target was set to 95 % after these trials, because few of them reach 97 %. At 97 % NAdamW's best is 390 steps and
+K-FAC's 340. K-FAC's damping (1e-3), moving average and intervals were not tuned. Every number is a single run, and one
+image of the validation set is 0.4 %, so neighbouring numbers are the same within the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import _report
+import asdl
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import asdl_ws_plugin  # noqa: F401  # makes ASDL accept shared_dim
+from asdl_ws_plugin._torchvision import make_importable
+
+BATCH_SIZE = 64
+TARGET = 0.95
+QUICK_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An optimizer: NAdamW, and with ``damping`` K-FAC-reduce in front of it."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    beta2: float = 0.99
+    damping: float | None = None
+    ema_decay: float = 0.05
+    curvature_interval: int = 1
+    inverse_interval: int = 10
+    warmup: float = 0.1
+
+
+NADAMW = Settings("NAdamW", lr=4e-3, weight_decay=0.03)
+KFAC = Settings("K-FAC-reduce", lr=4e-3, weight_decay=0.3, damping=1e-3)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """8x8 images of handwritten digits, standardized, in three parts of equal class proportions."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+    @classmethod
+    def load(cls) -> Digits:
+        images, labels = load_digits(return_X_y=True)
+        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8)
+        y = torch.tensor(labels)
+        rest, test = train_test_split(range(len(y)), test_size=270, stratify=labels, random_state=0)
+        train, validation = train_test_split(rest, test_size=270, stratify=labels[rest], random_state=0)
+        x = (x - x[train].mean()) / x[train].std()
+        return cls((x[train], y[train]), (x[validation], y[validation]), (x[test], y[test]))
+
+
+def vision_transformer(depth: int = 3, width: int = 64) -> nn.Module:
+    """A ViT with 16 tokens whose last block is averaged over the tokens, so the setting is 'reduce'."""
+    make_importable()
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=width, depth=depth, num_heads=4,
+        mlp_ratio=2, global_pool="avg", class_token=False, weight_init="moco",
+    )
+    # A patch of four pixels says little without its place, and timm's 0.02 would take long to grow.
+    nn.init.normal_(model.pos_embed, std=0.5)
+    return model
+
+
+def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image moved by at most one pixel in each direction, filled up with its border: ``(N, 1, 8, 8)``."""
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    down, right = torch.randint(3, (2, len(x), 1), generator=generator)
+    rows = down + torch.arange(x.shape[2])
+    columns = right + torch.arange(x.shape[3])
+    return padded[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
+    model.eval()
+    x, y = data
+    correct = (model(x).argmax(1) == y).float().mean()
+    model.train()
+    return float(correct)
+
+
+def train(
+    settings: Settings, data: Digits, epochs: int, seed: int, depth: int = 3,
+    on_step: Callable[[int, float], None] | None = None,
+) -> _report.Run:
+    """Train from scratch; ``on_step(step, validation accuracy)`` is called after each step."""
+    torch.manual_seed(seed)
+    model = vision_transformer(depth)
+    x, y = data.train
+    steps_per_epoch = len(y) // BATCH_SIZE
+    steps = epochs * steps_per_epoch
+    optimizer = torch.optim.NAdam(
+        model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
+        decoupled_weight_decay=True,
+    )
+    warmup = max(1, round(settings.warmup * steps))
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
+        ],
+        [warmup],
+    )
+    if settings.damping is None:
+        maker = asdl.GradientMaker(model)
+    else:
+        config = asdl.PreconditioningConfig(
+            damping=settings.damping,
+            ema_decay=settings.ema_decay,
+            curvature_upd_interval=settings.curvature_interval,
+            preconditioner_upd_interval=settings.inverse_interval,
+            ignore_modules=[nn.LayerNorm],
+        )
+        maker = asdl.KfacGradientMaker(model, config, shared_dim="reduce")
+
+    run, watch = _report.Run(settings.name), _report.Stopwatch()
+    order = torch.Generator().manual_seed(seed)
+    step, value = 0, accuracy(model, data.validation)
+    run.record(step, 0.0, value)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(y), generator=order)[: steps_per_epoch * BATCH_SIZE].split(BATCH_SIZE):
+            images = shifted(x[batch], order)
+            watch.start()
+            logits = maker.setup_model_call(model, images)
+            maker.setup_loss_call(F.cross_entropy, logits, y[batch])
+            maker.forward_and_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            watch.stop()
+            step += 1
+            if step % 10 == 0 or step == steps:
+                value = accuracy(model, data.validation)
+                run.record(step, watch.seconds, value)
+            if on_step is not None:
+                on_step(step, value)
+    run.laps = watch.laps
+    run.final["test accuracy"] = f"{accuracy(model, data.test):.2%}"
+    return run
+
+
+def main(arguments: list[str] | None = None) -> list[_report.Run]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few epochs of a smaller model")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the figure")
+    options = parser.parse_args(arguments)
+    epochs, depth = (QUICK_EPOCHS, 1) if options.quick else (options.epochs, 3)
+
+    data, console, runs = Digits.load(), _report.console(), []
+    with _report.progress_bars(console, "accuracy") as progress:
+        for settings in (NADAMW, KFAC):
+            steps = epochs * (len(data.train[1]) // BATCH_SIZE)
+            task = progress.add_task(settings.name, total=steps, value=0.0)
+            runs.append(
+                train(settings, data, epochs, options.seed, depth,
+                      lambda step, value, task=task: progress.update(task, completed=step, value=value))
+            )
+    console.print(_report.table(runs, "A ViT on handwritten digits", "validation accuracy", TARGET))
+    path = options.out / "vit_digits.png"
+    _report.figure(runs, path, "validation accuracy", TARGET, lowest=0.5)
+    console.print(f"Figure: {path}")
+    return runs
+
+
+if __name__ == "__main__":
+    main()
