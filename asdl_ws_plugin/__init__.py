@@ -32,9 +32,9 @@ from .registry import register_operation  # noqa: E402
 from .report import Report, inspect  # noqa: E402
 
 __all__ = [
-    "ApproximationError",
     "FISHER_FORWARD_ONLY",
     "LOSS_BINARY_CROSS_ENTROPY",
+    "ApproximationError",
     "MultiheadAttention",
     "Report",
     "Segments",

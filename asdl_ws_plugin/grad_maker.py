@@ -28,8 +28,12 @@ from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondi
 from .positions import take_own_positions
 from .registry import supported_classes
 from .rules import matches_any
+from .state import curvature_state, load_curvature_state, load_plan_state, plan_state
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
+
+# An ASDL with the patches in patches/ averages curvature and all gradients over the ranks itself.
+_KEEPS_RANKS_IN_STEP = hasattr(NaturalGradientMaker, "average_over_ranks")
 
 
 class WeightSharing(NaturalGradientMaker):
@@ -104,6 +108,30 @@ class WeightSharing(NaturalGradientMaker):
         take_own_positions(self.model)  # a layer's own segments are those of one step
         super().forward()
         check_batch(self._logits, self._loss)
+
+    # --------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, the curvature with its inverses, and what batches have settled: all that the next step needs.
+
+        Tensors are references, as in ``torch.optim``.
+        """
+        return {
+            **super().state_dict(),
+            "curvature": curvature_state(self.model, self._fisher_attr),
+            "weight_sharing": plan_state(self.plan, self.fisher_maker.unseen),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, mid-interval too. A state with the step alone (ASDL 0.1a5) leaves the curvature as it is.
+
+        Raises a ValueError if the state is of another model.
+        """
+        if "curvature" in state_dict:
+            load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
+        if "weight_sharing" in state_dict:
+            self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
+        self.state["step"] = state_dict["step"]
 
     # ----------------------------------------------------------------------------------------------- curvature
 
@@ -223,12 +251,15 @@ class WeightSharing(NaturalGradientMaker):
     # gradients are in step on every step; which rank inverts and preconditions what, and the broadcast, is upstream's.
 
     def reduce_scatter_curvature(self, kron: Any = None, diag: Any = None, with_grad: bool = True) -> None:
+        if _KEEPS_RANKS_IN_STEP:
+            super().reduce_scatter_curvature(kron, diag, with_grad=False)
+            return
         for tensor in self.get_fisher_from_model():
             dist.all_reduce(tensor, op=dist.ReduceOp.AVG, group=self.sync_group)
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
-        if self.world_size > 1:
+        if self.world_size > 1 and not _KEEPS_RANKS_IN_STEP:
             self._all_reduce_grad(self.model, op=dist.ReduceOp.AVG)
         super().precondition(*args, **kwargs)
 
@@ -282,7 +313,7 @@ def check(maker: WeightSharing) -> None:
     for name in ("curvature_upd_interval", "preconditioner_upd_interval"):
         if (interval := getattr(config, name)) is not None and interval < 1:
             raise ValueError(f"{name} has to be at least 1, got {interval!r}.")
-    if maker.world_size > 1 and not maker.do_accumulate:
+    if maker.world_size > 1 and not maker.do_accumulate and not _KEEPS_RANKS_IN_STEP:
         raise NotImplementedError(
             "Distributed training needs the moving average: without it ASDL averages the owner's preconditioned "
             "gradients with the other ranks' raw ones. Set ema_decay in the PreconditioningConfig."

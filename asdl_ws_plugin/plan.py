@@ -32,6 +32,9 @@ __all__ = ["Plan"]
 
 logger = logging.getLogger("asdl_ws_plugin")
 
+# Of this package in both of its homes: as a part of a patched ASDL, it serves the rest of the plugin as well.
+OURS = (f"{__package__}.", "asdl_ws_plugin.")
+
 SHAPES = (SHAPE_FULL, SHAPE_LAYER_WISE, SHAPE_KRON, SHAPE_SWIFT_KRON, SHAPE_KFE, SHAPE_UNIT_WISE, SHAPE_DIAG)
 _KRONECKER = (SHAPE_KRON, SHAPE_SWIFT_KRON, SHAPE_KFE)
 _NORMALIZATIONS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -255,7 +258,7 @@ class Plan:
     def _check_linear(self, layer: Layer, module: nn.Linear, in_data: Tensor) -> None:
         """Whether the weight gradient of a subclass of ``nn.Linear`` is that of a linear layer of its input."""
         forward = module.__dict__.get("forward") or type(module).forward
-        known = forward is nn.Linear.forward or (getattr(forward, "__module__", "") or "").startswith(__package__)
+        known = forward is nn.Linear.forward or (getattr(forward, "__module__", "") or "").startswith(OURS)
         if known or module in self._checked or not module.weight.requires_grad:
             return
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .factors import accumulation_dtype
@@ -35,10 +36,11 @@ _backend = "torch"
 
 
 def set_backend(name: str) -> str:
-    """Choose what sums rows by segment: ``'torch'`` (``index_add_``, the default) or ``'torch_scatter'``.
+    """Choose what sums rows by segment: ``'torch'`` (the default) or ``'torch_scatter'``.
 
-    Both give the same factors. On a CPU ``index_add_`` is as fast or faster; on a GPU ``torch_scatter`` is
-    deterministic for sorted indices.
+    Both give the same factors. On a CPU PyTorch's own functions are as fast for sorted rows and up to twice as fast for
+    shuffled ones (``benchmarks/segments.py``). On a GPU ``torch_scatter`` adds the rows of sorted indices in a fixed
+    order, where ``index_add_`` adds atomically, in an order that differs from run to run.
 
     Returns:
         The backend that was chosen before.
@@ -151,6 +153,7 @@ class Segments(Ragged):
         # Rows that are left out are summed into an example of their own, which is dropped.
         self.index = index if mask is None else index.masked_fill(~mask, self.num_examples)
         self._counts: Tensor | None = None
+        self._order: tuple[Tensor, Tensor] | None = None
         self._is_dense: bool | None = None
 
     @property
@@ -215,17 +218,33 @@ class Segments(Ragged):
         x = x.to(accumulation_dtype(x.dtype))
         if x.shape[0] == 0:
             return x.new_zeros(self.num_examples, *x.shape[1:])
-        total = _BACKENDS[_backend](x.contiguous(), self.index, self.num_examples + (self.mask is not None))
+        size = self.num_examples + (self.mask is not None)
+        if _backend == "torch" and x.ndim == 2 and x.dtype == torch.float32 and x.device.type == "cpu":
+            # Reads every row once and writes every sum once, in any order of the rows, where index_add_ goes back and
+            # forth between the sums.
+            order, starts = self._sorted()
+            total = F.embedding_bag(order, x, starts[:size], mode="sum")
+        else:
+            total = _BACKENDS[_backend](x.contiguous(), self.index, size)
         return total[: self.num_examples]
+
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The rows in the order of their examples, and where each example's begin; found once."""
+        if self._order is None:
+            if bool((self.index[1:] >= self.index[:-1]).all()):
+                order = torch.arange(len(self), device=self.device)
+            else:
+                order = torch.argsort(self.index, stable=True)
+            counts = torch.bincount(self.index, minlength=self.num_examples + 1)
+            self._order = order, counts.cumsum(0) - counts
+        return self._order
 
     def rows(self, x: Tensor) -> Tensor:
         return x if self.mask is None else x[self.mask]
 
     def rank(self) -> Tensor:
         """The position of each row within its example, ``(rows,)``, in the order of the rows."""
-        order = torch.argsort(self.index, stable=True)
-        counts = torch.bincount(self.index, minlength=self.num_examples + 1)
-        starts = counts.cumsum(0) - counts
+        order, starts = self._sorted()
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order), device=order.device) - starts[self.index[order]]
         return rank

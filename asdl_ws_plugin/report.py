@@ -305,9 +305,8 @@ class _Builder:
             if kind == "bias" and p is not layer.module.bias and module is not layer.module:
                 continue  # tied layers have one weight; of their biases the first layer's is preconditioned
             row.num_seen += p.numel()
-            if module is layer.module:
-                owner = module.owned(kind) if isinstance(module, LinearBlock) else p
-                self.covered[id(owner)] = self.covered.get(id(owner), 0) + p.numel()
+            owner = module.owned(kind) if isinstance(module, LinearBlock) else p
+            self.covered[id(owner)] = self.covered.get(id(owner), 0) + p.numel()
         row.note = " ".join(self._notes(row, module, layer, parameters))
         return row
 
