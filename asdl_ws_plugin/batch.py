@@ -33,7 +33,7 @@ from .blocks import input_group
 from .capture import Call, Layer, Record, last_nodes
 from .layout import examples_first
 from .operations import LinearExpand, LinearReduce
-from .plan import Plan
+from .plan import OURS, Plan
 from .positions import GRAPH, Positions, WeightSharingLinear
 from .ragged import Mask, Ragged, Segments
 from .rules import BATCH_FIRST, SEQUENCE_FIRST
@@ -117,7 +117,13 @@ class Batch:
             raise ValueError(
                 f"Layer '{layer.name}' ({type(layer.module).__name__}) does not support the shape '{layer.shape}'."
             )
-        return operation_class(layer.module, [name], model_for_kernel=self.model)
+        operation = operation_class(layer.module, [name], model_for_kernel=self.model)
+        if not operation_class.__module__.startswith(OURS) and isinstance(layer.module, (nn.Linear, nn.Conv2d)):
+            weight: Any = layer.module.weight
+            for factor, size in (("A", weight[0].numel()), ("B", weight.shape[0])):
+                method = f"cov_kron_{factor}"
+                setattr(operation, method, _checked(layer, getattr(operation, method), size))
+        return operation
 
     def unseen(self) -> dict[nn.Module, str]:
         """The layers without curvature in this batch, and why."""
@@ -126,7 +132,10 @@ class Batch:
             if layer.module not in self.record.calls:
                 reasons[layer.module] = "was not called"
             elif layer.module not in self._with_grads:
-                reasons[layer.module] = "does not influence the logits or the loss"
+                reasons[layer.module] = (
+                    "does not influence the logits, which are the model's first output unless setup_logits_repr says "
+                    "otherwise, or those are not what the loss was given,"
+                )
         return reasons
 
     # ---------------------------------------------------------------------------------------------- inputs
@@ -211,6 +220,7 @@ class Batch:
                     f"Layer '{layer.name}': the first of its input's sizes {tuple(x.shape)} does not match the "
                     f"{n} examples of the batch."
                 )
+            self.plan.layouts.note_leading(x.shape[0])
             self._arranged.setdefault(module, []).append(Arrangement(BATCH_FIRST, 1))
             if num_calls > 1:
                 return examples_first(factors.patches(x, module), n, BATCH_FIRST)
@@ -243,7 +253,7 @@ class Batch:
         if isinstance(module, WeightSharingLinear) and positions is None and len(sizes) == 1 and not one_row_each:
             raise ValueError(
                 f"Layer '{layer.name}': it is not known which example each of its {sizes[0]} rows belongs to. "
-                "Say it with asdl_ws_plugin.segments(model, ...), attach_segments, or the layer's set_segments."
+                "Say it with segments(model, ...), attach_segments, or the layer's set_segments."
             )
         if self.plan.has_channels_first(module) and sizes[0] % n == 0:  # images are batch first, of whatever height
             layout = BATCH_FIRST
@@ -440,3 +450,19 @@ def _num_feature_dims(operation: Operation, module: nn.Module) -> int:
     """How many trailing dimensions of a layer's tensors are features; one for a user's operation that does not say."""
     count = getattr(operation, "num_feature_dims", None)
     return 1 if count is None else count(module)
+
+
+def _checked(layer: Layer, method: Callable[..., Tensor], size: int) -> Callable[..., Tensor]:
+    """A method of a user's operation that has to return a matrix of its own: upstream scales it in place."""
+
+    def call(module: nn.Module, data: Tensor) -> Tensor:
+        matrix = method(module, data)
+        is_view = matrix.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
+        if matrix.shape != (size, size) or is_view:
+            raise ValueError(
+                f"Layer '{layer.name}': {method.__qualname__} has to return a new matrix of sizes ({size}, {size}), "
+                f"got {'a view of its argument' if is_view else tuple(matrix.shape)}."
+            )
+        return matrix
+
+    return call

@@ -1,6 +1,6 @@
 """The curvature of one batch: one forward pass, its gradient, and the factors of every layer.
 
-Data flows one way: the tensors that :mod:`~asdl_ws_plugin.capture` recorded are brought into one layout, handed to
+Data flows one way: the tensors that :mod:`~.capture` recorded are brought into one layout, handed to
 the layers' operations, and become the modules' ``fisher`` at the very end. A step that fails anywhere leaves nothing.
 """
 
@@ -51,8 +51,13 @@ def check_batch(logits: Any, loss: Tensor | None) -> None:
     """Raise a ValueError if there are no examples, a FloatingPointError if the loss is not finite."""
     if isinstance(logits, Tensor) and logits.numel() == 0:
         raise ValueError(f"The batch is empty: the logits have sizes {tuple(logits.shape)}.")
+    if loss is not None and loss.numel() != 1:
+        raise ValueError(f"The loss has to be a scalar, got sizes {tuple(loss.shape)}. Reduce it to its mean or sum.")
     if loss is not None and not bool(torch.isfinite(loss).all()):
-        raise FloatingPointError(f"The loss is {loss.detach().cpu().tolist()}; nothing was updated.")
+        raise FloatingPointError(
+            f"The loss is {loss.detach().cpu().tolist()}; nothing was updated. Either the batch has such values, every "
+            "label is left out, or training has diverged: lower the learning rate or raise damping."
+        )
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -64,7 +69,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
     Args:
         model: the model.
-        config: ``config.shared_dim`` is a strategy or a list of rules (see :class:`~asdl_ws_plugin.plan.Plan`);
+        config: ``config.shared_dim`` is a strategy or a list of rules (see :class:`~.plan.Plan`);
             ``config.var`` a number, or a tensor ``(C,)`` or ``(C, C)``: the covariance of the Gaussian likelihood.
 
     Attributes:
@@ -150,8 +155,11 @@ class WeightSharingFisherMaker(FisherMaker):
         data_size = config.data_size if data_size == _INVALID_DATA_SIZE else data_size
         scale = config.scale if scale is None else scale
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
+        if self._model_fn is None:
+            raise ValueError("No model call is set. Call setup_model_call() first.")
         if (self.is_fisher_emp or calc_loss_grad) and not has_loss:
             raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
+        plan.check_still_complete()
 
         layers = plan.layers
         record, loss, observations = self._forward(layers, has_loss)
@@ -169,6 +177,7 @@ class WeightSharingFisherMaker(FisherMaker):
         loss_type = None if self.is_fisher_emp else config.loss_type
         terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
         num_examples, positions = count_examples(plan, record, logits, self._model_args, self._model_kwargs)
+        plan.layouts.num_terms = terms.num_rows
         plan.decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
         if data_size == _INVALID_DATA_SIZE:
             if loss is None:
@@ -316,9 +325,12 @@ class WeightSharingFisherMaker(FisherMaker):
                 raise RuntimeError(f"Layer '{layer.name}' {reason}; the full Fisher needs every layer of the model.")
             if layer.name not in self._reported:
                 self._reported.add(layer.name)
+                remedy = "Leave it out with ignore_modules to silence this."
+                if self.plan.is_in_attention(layer.name):
+                    remedy = "The projections of nn.MultiheadAttention are not called: use convert(model)."
                 warnings.warn(
                     f"Layer '{layer.name}' {reason} in this step; its gradient is not preconditioned where that "
-                    "happens. Leave it out with ignore_modules to silence this.",
+                    f"happens. {remedy}",
                     stacklevel=4,
                 )
 
@@ -366,7 +378,10 @@ class WeightSharingFisherMaker(FisherMaker):
         for module, value in sums:
             if not bool(torch.isfinite(value)):
                 name = next((layer.name for layer in batch.layers if layer.module is module), "")
-                raise FloatingPointError(f"Layer '{name}': its curvature is not finite; nothing was updated.")
+                raise FloatingPointError(
+                    f"Layer '{name}': its curvature is not finite; nothing was updated. Either the batch has such "
+                    "values, or training has diverged: lower the learning rate or raise damping."
+                )
 
     @full_precision()
     def _invert(self, layers: list[Layer], damping: float | None) -> None:

@@ -98,8 +98,9 @@ class PygLinearConverter(LayerConverter):
 
 
 class GCNConverter(Converter):
-    """``GCNConv`` multiplies ``Ĉ (X Wᵀ)``; converted it multiplies ``(Ĉ X) Wᵀ``, so that its Linear sees what eq. 3.30
-    calls ã. The Linear also adds the bias, and is preconditioned with it.
+    """``GCNConv`` multiplies ``Ĉ (X Wᵀ)``; converted it multiplies ``(Ĉ X) Wᵀ``, so that its Linear sees ã of eq. 3.30.
+
+    The Linear also adds the bias, and is preconditioned with it.
     """
 
     def wants(self, site: Site) -> bool:
@@ -137,12 +138,12 @@ def _pyg_classes() -> dict[str, type[nn.Module]]:
         """``torch_geometric.nn.Linear`` that is a :class:`~asdl_ws_plugin.WeightSharingLinear`."""
 
         @property
-        def in_features(self) -> int:
-            return self.in_channels
+        def in_features(self) -> int:  # type: ignore[override]
+            return self.weight.shape[1]
 
         @property
-        def out_features(self) -> int:
-            return self.out_channels
+        def out_features(self) -> int:  # type: ignore[override]
+            return self.weight.shape[0]
 
         def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
             lent = self.__dict__.pop("bias", None)  # GCNConv's own, which saves it itself
@@ -169,8 +170,9 @@ def _pyg_classes() -> dict[str, type[nn.Module]]:
             cache = "_cached_adj_t" if is_matrix else "_cached_edge_index"
             found = getattr(self, cache)
             if found is None:
+                num_nodes = x.size(self.node_dim)
                 found = gcn_norm(
-                    edge_index, edge_weight, x.size(self.node_dim), self.improved, self.add_self_loops, self.flow, x.dtype
+                    edge_index, edge_weight, num_nodes, self.improved, self.add_self_loops, self.flow, x.dtype
                 )
                 if self.cached:
                     setattr(self, cache, found)

@@ -1,7 +1,7 @@
 """ASDL's natural-gradient makers for weight sharing: what has to differ from upstream, and nothing else.
 
 Schedules, the moving average, inverses and preconditioning are upstream's methods, inherited. The overrides below
-make a step a transaction, hand curvature to :class:`~asdl_ws_plugin.fisher_maker.WeightSharingFisherMaker`, and leave
+make a step a transaction, hand curvature to :class:`~.fisher_maker.WeightSharingFisherMaker`, and leave
 alone the layers that took no part in it.
 """
 
@@ -46,7 +46,7 @@ class WeightSharing(NaturalGradientMaker):
 
     @property
     def plan(self) -> Any:
-        """The layers and what is done with them (:class:`~asdl_ws_plugin.plan.Plan`)."""
+        """The layers and what is done with them (:class:`~.plan.Plan`)."""
         return self.fisher_maker.plan
 
     @property
@@ -67,6 +67,10 @@ class WeightSharing(NaturalGradientMaker):
         Returns the model's output and the loss. A step that raises leaves ``.grad``, the curvature and the step count
         as they were.
         """
+        if self._model_fn is None:
+            raise ValueError("No model call is set. Call setup_model_call() first.")
+        if self._loss_fn is None and self._dummy_loss is None:
+            raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
         with self._undone_on_error():
             return super().forward_and_backward()
 
@@ -224,9 +228,11 @@ class WeightSharing(NaturalGradientMaker):
             return
         use_inv = use_inv and shape != SHAPE_KFE  # an eigenbasis is inverted as it is multiplied with
         if module.weight.requires_grad or given:
-            if not given and any(p.grad.dtype != dtype_of(matrix) for p in trainable):
-                # half precision, beside curvature in float32
-                exact = [p.grad.to(dtype_of(matrix)) for p in trainable]
+            if not given and any(
+                p.grad.dtype != dtype_of(matrix) or not p.grad.is_contiguous() for p in trainable
+            ):
+                # half precision beside curvature in float32, or a gradient that is channels last
+                exact = [p.grad.to(dtype_of(matrix), memory_format=torch.contiguous_format) for p in trainable]
                 vec_weight, vec_bias = [*exact, None][:2]
                 super()._precondition_module(module, shape, None, vec_weight, vec_bias, grad_scale, use_inv)
                 for p, vec in zip(trainable, exact, strict=True):

@@ -62,7 +62,12 @@ class LayoutBook:
         self.declared: dict[nn.Module, str] = {}
         self.settled: dict[nn.Module, str] = {}
         self.roles: dict[tuple[nn.Module, int], str] = {}
+        self.is_graph = False  # rows of graphs are never read as a fixed number of positions
+        self.num_terms: int | None = None
         self._assumed: list[tuple[str, tuple[int, ...]]] = []
+        self._merged: dict[nn.Module, tuple[str, int]] = {}
+        self._evident: set[int] = set()  # leading sizes of layers whose other dimensions show that positions are merged
+        self._reported_merged = False
 
     def resolve(self, name: str, module: nn.Module, shape: Sequence[int], num_examples: int) -> str:
         """The layout of a layer's tensor of these leading sizes (features left out).
@@ -84,8 +89,17 @@ class LayoutBook:
         if not candidates:
             raise ValueError(
                 f"Layer '{name}': none of the leading sizes {tuple(shape)} of its input matches the {num_examples} "
-                f"examples of the batch. {_remedy(name)}"
+                f"examples of the batch. {_remedy(name, shape)}"
             )
+        if len(shape) == 1 and shape[0] != num_examples and module not in self.declared:
+            if self.is_graph:
+                raise ValueError(
+                    f"Layer '{name}': it is not known which of the {num_examples} examples each of its {shape[0]} rows "
+                    f"belongs to. {_remedy(name, shape)}"
+                )
+            self._merged[module] = name, shape[0]
+        if len(shape) > 1:
+            self.note_leading(shape[0])
         declared = self.declared.get(module)
         if declared in candidates or (declared is not None and len(shape) == 1 and candidates):
             self.settled[module] = declared
@@ -135,7 +149,7 @@ class LayoutBook:
         if any(not roles[fitting[0]].equals(roles[role]) for role in fitting[1:]):
             raise ValueError(
                 f"Layer '{name}': its {num_rows} rows fit the roles {', '.join(map(repr, fitting))}. Give the layer "
-                f"its role, as in asdl_ws_plugin.convert(model, roles=[('{name}', '{fitting[0]}')])."
+                f"its role, as in convert(model, roles=[('{name}', '{fitting[0]}')])."
             )
         if len(fitting) == 1:
             self.roles[module, call] = fitting[0]
@@ -153,6 +167,7 @@ class LayoutBook:
 
     def report_assumed(self, num_examples: int) -> None:
         """Warn, once for a batch, of the layers whose layout was assumed since the last call."""
+        self._report_merged(num_examples)
         if not self._assumed:
             return
         name, shape = self._assumed[0]
@@ -165,8 +180,33 @@ class LayoutBook:
             stacklevel=4,
         )
 
+    def note_leading(self, size: int) -> None:
+        """Take a layer's first size as evidence of what other layers' rows are."""
+        self._evident.add(size)
 
-def _remedy(name: str) -> str:
+    def _report_merged(self, num_examples: int) -> None:
+        """Warn, once, of rows that were read as positions merged into the batch for their number alone."""
+        # Where the loss has a term for each of those rows, they are what the user flattened.
+        known = {self.num_terms, *self._evident}
+        merged = [(name, rows) for name, rows in self._merged.values() if rows not in known]
+        if merged and not self._reported_merged:
+            self._reported_merged = True
+            name, rows = merged[0]
+            warnings.warn(
+                f"Layer '{name}': its {rows} rows are read as {rows // num_examples} consecutive rows of each of the "
+                f"{num_examples} examples. If examples have different numbers of rows, as graphs do, use segments or "
+                f"attach_segments; if not, the rule ('{name}', 'batch_first') in shared_dim silences this.",
+                stacklevel=5,
+            )
+
+
+def _remedy(name: str, shape: Sequence[int] = (0, 0)) -> str:
+    if len(shape) == 1:
+        return (
+            "If examples have different numbers of rows, as graphs do, say which example each row belongs to: with "
+            "segments(model, ...) or attach_segments(model). Or leave the layer to the first-order optimizer with "
+            f"ignore_modules=['{name}']."
+        )
     return (
         f"Give its layout by a rule in shared_dim, as in ('{name}', 'reduce', 'sequence_first'), or leave the layer "
         f"to the first-order optimizer with ignore_modules=['{name}']."

@@ -191,7 +191,7 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
     if scatter is not None:
         outer = scatter(outer) if outer.ndim else outer
         x = logits if logits.ndim > 1 else logits.unsqueeze(-1)
-        picked, weight = picked.reshape(x.shape), weight.reshape(x.shape)
+        picked, weight = picked.reshape(x.shape), None if weight is None else weight.reshape(x.shape)
     num_rows = x.numel() // max(1, x.shape[class_dim])
     reduction = arguments["reduction"]
     if reduction == "none" and observed.output.ndim:
@@ -203,10 +203,10 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
         weight = relative if weight is None else weight * relative
         num_terms: Tensor | float = 1 / mean_weight
         if not classes:  # a mean over the elements, of those that are left in or of all of them: terms are rows
-            total = outer.sum()
-            if torch.isclose(total, torch.ones_like(total)):
+            sum_of_weights = outer.sum()
+            if torch.isclose(sum_of_weights, torch.ones_like(sum_of_weights)):
                 num_terms = torch.count_nonzero(outer.ne(0).any(-1))
-            elif torch.isclose(total * num_elements, count.to(total.dtype)):
+            elif torch.isclose(sum_of_weights * num_elements, count.to(sum_of_weights.dtype)):
                 num_terms = num_rows
         return LossTerms(x, class_dim, weight, num_terms, 1 / mean_weight)
     if reduction == "sum" and not classes:
@@ -216,8 +216,8 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
             given = (scatter(given) if scatter is not None else given).reshape(x.shape)
             mean_weight = given.sum() / torch.count_nonzero(given)
             weight = None if weight is None else weight / mean_weight
-            num_terms = torch.count_nonzero(given.ne(0).any(-1))
-            return LossTerms(x, class_dim, weight, num_terms, 1 / (outer * mean_weight))
+            kept = torch.count_nonzero(given.ne(0).any(-1))
+            return LossTerms(x, class_dim, weight, kept, 1 / (outer * mean_weight))
     if reduction == "sum":
         return LossTerms(x, class_dim, weight, 1 / outer, 1 / outer)
     if classes:

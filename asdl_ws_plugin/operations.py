@@ -1,4 +1,4 @@
-"""ASDL operations for weight sharing: thin classes that hand ASDL's names to :mod:`~asdl_ws_plugin.factors`.
+"""ASDL operations for weight sharing: thin classes that hand ASDL's names to :mod:`~.factors`.
 
 Every operation gets ``in_data`` of shape ``(N, R, P)`` and ``out_grads`` of shape ``(N, R, Q)`` (a convolution also
 the image ``(N, C, H, W)``, a normalization layer its input in the same layout) and returns sums over the examples,

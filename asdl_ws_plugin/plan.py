@@ -21,16 +21,16 @@ from asdl.matrices import (
 from asdl.operations import Operation
 from torch import Tensor, nn
 
-from .blocks import LinearBlock, is_trainable, weight_key
+from .blocks import LinearBlock, has_blocks, is_trainable, weight_key
 from .capture import Layer, first_tensor
 from .layout import LayoutBook, declared_layout
 from .operations import EXPAND, REDUCE
 from .registry import find_operation, is_supported
-from .rules import AUTO, Rules, matches_any, shared_dim_rules, strategy_and_layout
+from .rules import AUTO, Rules, describe_key, matches_any, shared_dim_rules, strategy_and_layout
 
 __all__ = ["Plan"]
 
-logger = logging.getLogger("asdl_ws_plugin")
+logger = logging.getLogger(__name__.partition(".")[0])
 
 # Of this package in both of its homes: as a part of a patched ASDL, it serves the rest of the plugin as well.
 OURS = (f"{__package__}.", "asdl_ws_plugin.")
@@ -54,6 +54,7 @@ class Plan:
 
     Attributes:
         skipped: name -> why its curvature is not computed, for every supported layer that is left out.
+        unsupported: name -> why, for every other module with trainable parameters of its own.
         setting: ``'expand'`` or ``'reduce'``, what ``'auto'`` decided; ``None`` before its first curvature step.
 
     Raises:
@@ -74,8 +75,10 @@ class Plan:
         self.setting: str | None = None
         self.layouts = LayoutBook()
         self.skipped: dict[str, str] = {}
+        self.unsupported: dict[str, str] = {}
         self._strategy: dict[nn.Module, str] = {}
         self._candidates: list[Layer] = []
+        self._known_blocks = {module for module in model.modules() if isinstance(module, LinearBlock)}
         self._by_weight: dict[Any, Layer] = {}
         self._checked: set[nn.Module] = set()
         self._channels_first: dict[nn.Module, bool] = {}
@@ -96,6 +99,42 @@ class Plan:
                     raise
                 on_refusal(name, module, error)
         self._settle_ties()
+        self._note_unsupported(ignore_modules or ())
+        self.layouts.is_graph = any(
+            cls.__name__ == "MessagePassing" for module in model.modules() for cls in type(module).__mro__
+        )
+
+    def _note_unsupported(self, ignore_modules: Sequence[Any]) -> None:
+        """Say of modules with parameters of their own why they are left out."""
+        unmatched = [key for key in ignore_modules if not isinstance(key, type)
+                     and not any(matches_any(name, module, [key]) for name, module in self.model.named_modules())]
+        if unmatched:
+            warnings.warn(
+                f"ignore_modules: {', '.join(describe_key(key) for key in unmatched)} matches no module of the model.",
+                stacklevel=4,
+            )
+        for name, module in self.model.named_modules():
+            if is_supported(module) or has_blocks(module) or matches_any(name, module, ignore_modules):
+                continue
+            if isinstance(module, nn.MultiheadAttention):
+                self.unsupported[name] = "its projections are not layers; convert(model) makes them layers"
+            elif any(p.requires_grad for p in module.parameters(recurse=False)):
+                self.unsupported[name or "(the model)"] = f"{type(module).__name__} has parameters without an operation"
+
+    def is_in_attention(self, name: str) -> bool:
+        """Whether a layer belongs to an ``nn.MultiheadAttention`` that was not converted."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        return isinstance(parent, nn.MultiheadAttention) and not has_blocks(parent)
+
+    def check_still_complete(self) -> None:
+        """Raise a RuntimeError if the model got layers by a conversion after the plan was made."""
+        made = {module for module in self.model.modules() if isinstance(module, LinearBlock)}
+        if made - self._known_blocks:
+            name = next(name for name, module in self.model.named_modules() if module in made - self._known_blocks)
+            raise RuntimeError(
+                f"Layer '{name}' was made by a conversion after the gradient maker was created. Call convert(model) "
+                "first, then create the gradient maker."
+            )
 
     def _add(self, name: str, module: nn.Module, shapes: Rules, rules: Rules) -> None:
         if not any(p is not None for p in (getattr(module, "weight", None), getattr(module, "bias", None))):

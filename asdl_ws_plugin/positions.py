@@ -99,7 +99,7 @@ class WeightSharingLinear(nn.Linear):
         num_examples: int | None = None,
         mask: Tensor | None = None,
     ) -> None:
-        """Say which example each row of the next step's input belongs to (see :class:`~asdl_ws_plugin.Segments`).
+        """Say which example each row of the next step's input belongs to (see :class:`~.Segments`).
 
         The gradient maker's next step uses them up, so that they are never those of an earlier batch. Raises a
         TypeError or ValueError for anything but segments.
@@ -182,13 +182,13 @@ def segments(
 
     ::
 
-        with asdl_ws_plugin.segments(model, node=batch.batch, edge=batch.batch[batch.edge_index[0]]):
+        with segments(model, node=batch.batch, edge=batch.batch[batch.edge_index[0]]):
             gradient_maker.forward_and_backward()
 
     Args:
         num_examples: N; needed where the last examples may have no rows at all.
         role_to_index: role -> the example of each row ``(rows,)``, integers; or
-            :class:`~asdl_ws_plugin.ragged.Segments`, for a ``ptr`` or rows to leave out. The role ``graph``, one row
+            :class:`~.ragged.Segments`, for a ``ptr`` or rows to leave out. The role ``graph``, one row
             for each example, need not be given.
 
     Raises:
@@ -204,7 +204,7 @@ def padding(model: nn.Module, mask: Tensor | Mapping[str, Tensor]) -> Iterator[N
     """Inside of this context, positions of the model's sequences that are padding count for nothing.
 
     Args:
-        mask: booleans ``(N, R)``, True for a real token; or several by name, as for a source and a target.
+        mask: booleans (or 0 and 1) ``(N, R)``, True for a real token; or several by name, as for a source and a target.
             A mask applies to the layers whose sequences have its length.
 
     Raises:
@@ -264,17 +264,31 @@ def attach_padding(model: nn.Module, source: str | Callable[..., Tensor | Mappin
             name that ends in ``key_padding_mask`` True for padding, as PyTorch has it; or a function of the model's
             arguments that returns the mask of :func:`padding`.
 
+    An argument that is None says that nothing is padding.
+
     Returns:
         A handle; ``remove()`` detaches.
+
+    Raises:
+        ValueError: ``forward`` has no argument of that name. When the model is called: none was found.
     """
     if isinstance(source, str):
         name = source
         forward = inspect.signature(model.forward)
+        parameters = forward.parameters
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(
+                f"attach_padding: {type(model).__name__}.forward has no argument '{name}'; it has "
+                f"{', '.join(map(repr, parameters)) or 'none'}."
+            )
 
         def compute(*args: Any, **kwargs: Any) -> Any:
-            mask = _Arguments(forward, args, kwargs).get(name)
+            arguments = _Arguments(forward, args, kwargs)
+            mask = arguments.get(name)
             if mask is None:
-                return None
+                if name in parameters:
+                    return None
+                raise ValueError(f"attach_padding: the model was called without '{name}'.")
             if mask.is_floating_point():
                 mask = mask.isneginf().logical_not() if name.endswith("key_padding_mask") else mask != 0
                 return mask

@@ -267,6 +267,8 @@ class Mask(Ragged):
     """
 
     def __init__(self, mask: Tensor) -> None:
+        if _is_integer(mask) and bool(((mask == 0) | (mask == 1)).all()):  # as tokenizers return it
+            mask = mask.bool()
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"A padding mask has to be booleans (True: a real token), got {_describe(mask)}.")
         if mask.ndim != 2:

@@ -30,7 +30,7 @@ def register_operation(
 
     Args:
         module_class: a subclass of ``torch.nn.Module``.
-        operation: a subclass of ``asdl.Operation``; :class:`~asdl_ws_plugin.operations.LinearReduce` and its
+        operation: a subclass of ``asdl.Operation``; :class:`~.operations.LinearReduce` and its
             siblings are meant to be subclassed.
         shared_dim: the name of the strategy. ``None``: whatever the strategy, unless one is registered by name, and
             where ASDL itself has this registry, without a strategy, too.

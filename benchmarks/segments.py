@@ -4,7 +4,7 @@
 
 A batch of 100,000 rows of width 256 (102 MB in float32) that belong to graphs of 5 to 45 rows each, sorted by graph as
 PyTorch Geometric has them or shuffled, beside one pass over the same data, ``x.sum(0)``. Both backends, and the growth
-in the number of rows. Contenders are alternated; the fastest of several runs counts, for a busy machine only adds to it.
+in the number of rows. Contenders are alternated; the fastest of several runs counts, as a busy machine only adds time.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> dict[Any, float]:
         ratios[name] = value / first["one pass"]
         growth = results[sizes[-1]][name] / value / (sizes[-1] / sizes[0])
         color = "" if isinstance(name, str) else "[green]" if ratios[name] <= LIMIT else "[red]"
-        table.add_row(*labels, *(f"{results[n][name]:.2f}" for n in sizes), f"{color}{ratios[name]:.2f}", f"{growth:.2f}")
+        times = (f"{results[n][name]:.2f}" for n in sizes)
+        table.add_row(*labels, *times, f"{color}{ratios[name]:.2f}", f"{growth:.2f}")
     console.print(table)
     console.print(
         f"Allowed: {LIMIT} of one pass. Growth is that of the time over that of the rows: 1 is linear. The order of"

@@ -1,9 +1,9 @@
 """Molecules as graphs: about 6,000 compounds that come with RDKit, and what functional groups they have.
 
-The compounds are those of the ``.smi`` files of RDKit's own package: 1,017 from ChEMBL (``Contrib/FreeWilson/data``), about
-4,900 from the NCI, and a few smaller sets. The tasks are binary: whether RDKit counts a fragment (``fr_ester``,
-``fr_nitro``, ...) at least once. Some labels are unknown (NaN), as in data that was measured. The split is by scaffold, so
-that the ring systems of the validation and test molecules do not occur in training.
+The compounds are those of the ``.smi`` files of RDKit's own package: 1,017 from ChEMBL (``Contrib/FreeWilson/data``),
+about 4,900 from the NCI, and a few smaller sets. The tasks are binary: whether RDKit counts a fragment (``fr_ester``,
+``fr_nitro``, ...) at least once. Some labels are unknown (NaN), as in data that was measured. The split is by scaffold,
+so that the ring systems of the validation and test molecules do not occur in training.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def read_smiles(limit: int | None = None) -> list[Any]:
 
 
 def scaffold_split(scaffolds: Sequence[str], shares: tuple[float, float]) -> list[list[int]]:
-    """Indices of train, validation and test: all molecules of a scaffold in one part, the most frequent ones in train."""
+    """Indices of train, validation and test: a scaffold's molecules are in one part, frequent ones' in train."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i, scaffold in enumerate(scaffolds):
         groups[scaffold].append(i)

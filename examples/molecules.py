@@ -2,8 +2,8 @@
 
     python examples/molecules.py
 
-The setting is *reduce*: one loss term for each graph and task, and layers that share their weights over a graph's edges or
-nodes. K-FAC-reduce sums and averages over the rows of each graph, K-FAC-expand takes every row for itself. Both
+The setting is *reduce*: one loss term for each graph and task, and layers that share their weights over a graph's edges
+or nodes. K-FAC-reduce sums and averages over the rows of each graph, K-FAC-expand takes every row for itself. Both
 precondition the gradient, and the result is handed to the baseline optimizer.
 """
 
@@ -29,8 +29,8 @@ from molecule_data import Molecules, mean_average_precision
 
 import asdl_ws_plugin
 
-BATCH_SIZE = 128
-TARGET = 0.85
+BATCH_SIZE = 64
+TARGET = 0.6
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Settings:
     name: str
     lr: float
     shared_dim: str | None = None
-    damping: float = 1e-3
+    damping: float = 1e-2
     weight_decay: float = 0.01
     beta2: float = 0.99
     ema_decay: float = 0.05
@@ -49,9 +49,12 @@ class Settings:
     warmup: float = 0.1
 
 
-NADAMW = Settings("NAdamW", lr=3e-3)
-EXPAND = Settings("K-FAC-expand", lr=3e-3, shared_dim="expand")
-REDUCE = Settings("K-FAC-reduce", lr=3e-3, shared_dim="reduce")
+# By validation mAP after 3 epochs, four trials each: NAdamW with lr 0.001, 0.003, 0.005, 0.01; K-FAC-reduce with lr and
+# damping 0.01 and 0.001, 0.03 and 0.001, 0.01 and 0.0001, 0.01 and 0.01. K-FAC-expand gets what was found for reduce.
+# A coarser search with batches of 128 came before (2 trials for NAdamW, 1 for K-FAC-reduce).
+NADAMW = Settings("NAdamW", lr=5e-3)
+EXPAND = Settings("K-FAC-expand", lr=1e-2, shared_dim="expand")
+REDUCE = Settings("K-FAC-reduce", lr=1e-2, shared_dim="reduce")
 
 
 class Data(Protocol):
@@ -72,7 +75,7 @@ class ForGraphNetwork:
             yield batch.arguments, batch.y
 
 
-def graph_network(molecules: Molecules, width: int = 64, num_blocks: int = 3) -> nn.Module:
+def graph_network(molecules: Molecules, width: int = 64, num_blocks: int = 2) -> nn.Module:
     first = molecules.graphs[0]
     return GraphNetwork(
         first.x.shape[1], first.edge_attr.shape[1], molecules.y.shape[1], width, num_blocks, dropout=0.1
@@ -199,7 +202,7 @@ def load(quick: bool) -> Molecules:
 
 
 def main(arguments: list[str] | None = None) -> list[_report.Run]:
-    options = parse(arguments, __doc__, epochs=12)
+    options = parse(arguments, __doc__, epochs=10)
     data = ForGraphNetwork(load(options.quick))
     size = {"width": 16, "num_blocks": 2} if options.quick else {}
     return compare(

@@ -108,7 +108,7 @@ def test_without_a_loss_the_logits_decide():
 def test_it_is_decided_once_and_logged_once(caplog):
     model = Model("tokens")
     maker = kfac(model, "auto", ema_decay=0.5)
-    with caplog.at_level(logging.INFO, logger="asdl_ws_plugin"):
+    with caplog.at_level(logging.INFO):
         for _ in range(3):
             step(maker, sum_loss, labels(N, R), torch.randn(N, R, D))
         step(maker, sum_loss, labels(N, 1), torch.randn(N, 1, D))  # sequences of length 1 do not turn it over

@@ -86,6 +86,10 @@ def test_distributed_without_a_moving_average_is_refused() -> None:
     maker = asdl.KfacGradientMaker(Pooled(), asdl.PreconditioningConfig(data_size=8), shared_dim="reduce")
     maker.world_size = 2
     from asdl_ws_plugin.grad_maker import check
+    from asdl_ws_plugin.registration import is_native
 
+    if is_native():  # an ASDL with the patches averages before it inverts
+        check(maker)
+        return
     with pytest.raises(NotImplementedError, match="ema_decay"):
         check(maker)

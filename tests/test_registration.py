@@ -18,10 +18,11 @@ from asdl.fisher import FisherConfig, get_fisher_maker
 from torch import nn
 
 import asdl_ws_plugin
-from asdl_ws_plugin import nvtx
+from asdl_ws_plugin import nvtx, registration
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")  # upstream's own
 ROOT = Path(asdl_ws_plugin.__file__).parents[1]
+NATIVE = registration.is_native()  # this ASDL carries the patches
 
 
 def run(code, *paths, expect=0):
@@ -132,6 +133,19 @@ def test_register_is_idempotent(registered):
 
 def test_unregister_restores_every_place(registered):
     preamble = "import inspect, sys, asdl\n" + inspect.getsource(everything_in_asdl) + inspect.getsource(differences)
+    if NATIVE:  # there is nothing to register, and nothing to undo
+        run(preamble + textwrap.dedent("""
+            import asdl.weight_sharing, importlib, pkgutil
+            for module in pkgutil.iter_modules(asdl.weight_sharing.__path__):
+                importlib.import_module(f'asdl.weight_sharing.{module.name}')
+            before = everything_in_asdl()
+            import asdl_ws_plugin
+            assert differences(before, everything_in_asdl()) == set(), differences(before, everything_in_asdl())
+            asdl_ws_plugin.unregister()
+            asdl_ws_plugin.register()
+            assert differences(before, everything_in_asdl()) == set()
+            """))
+        return
     output = run(preamble + textwrap.dedent("""
         before = everything_in_asdl()
         import asdl_ws_plugin
@@ -161,8 +175,11 @@ def test_makers_that_exist_keep_working_after_unregister(registered):
     asdl_ws_plugin.unregister()
     maker.forward_and_backward()
     assert maker.state["step"] == 2
-    with pytest.raises(TypeError, match="shared_dim"):
-        train_once(shared_dim="reduce")
+    if NATIVE:
+        assert train_once(shared_dim="reduce").shared_dim_for
+    else:
+        with pytest.raises(TypeError, match="shared_dim"):
+            train_once(shared_dim="reduce")
     assert type(train_once().fisher_maker).__name__ == "FisherMCCrossEntropy"
 
 
@@ -195,6 +212,9 @@ def test_an_unknown_version_is_refused(tmp_path, version):
     info = tmp_path / f"asdfghjkl-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: asdfghjkl\nVersion: {version}\n")
+    if NATIVE:  # it carries what the package needs to know
+        run("import asdl_ws_plugin", tmp_path)
+        return
     output = run("import asdl_ws_plugin", tmp_path, expect=1)
     assert "ImportError" in output and f"found {version}" in output and "0.1a5" in output
     assert "shared_dim" not in run("""
