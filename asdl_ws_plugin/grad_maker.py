@@ -28,7 +28,7 @@ from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondi
 from .positions import take_own_positions
 from .registry import supported_classes
 from .rules import matches_any
-from .state import curvature_state, load_curvature_state, load_plan_state, plan_state
+from .state import check_strategies, curvature_state, load_curvature_state, load_plan_state, plan_state
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -129,8 +129,11 @@ class WeightSharing(NaturalGradientMaker):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, mid-interval too. A state with the step alone (ASDL 0.1a5) leaves the curvature as it is.
 
-        Raises a ValueError if the state is of another model.
+        Raises a ValueError if the state is of another model, of other strategies, or none of a gradient maker.
         """
+        if "step" not in state_dict:
+            raise ValueError("This is no state of a gradient maker: it has no 'step'.")
+        check_strategies(self.plan, state_dict.get("weight_sharing", {}))
         if "curvature" in state_dict:
             load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
         if "weight_sharing" in state_dict:

@@ -119,6 +119,17 @@ def make_fisher_maker(model: nn.Module, config: Any) -> Any:
     return find_fisher_maker(model, config) or _original_get_fisher_maker(model, config)
 
 
+_HELP = """
+        With asdl_ws_plugin:
+
+        shared_dim (str or list, optional): how layers that share their weight over positions are treated: 'expand',
+            'reduce', 'auto', a strategy registered with register_operation, or a list of assignment rules such as
+            ['reduce', (nn.Conv2d, 'expand'), ('decoder', 'expand', 'sequence_first')]. None: upstream's behaviour.
+        fisher_type may also be 'fisher_forward_only' (B is the identity), and loss_type 'binary_cross_entropy'; var may be
+            a covariance, a tensor (C,) or (C, C). Without data_size in the configuration, the curvature is that of
+            the loss that is passed.
+"""
+
 # ------------------------------------------------------------------------------------------------------ the places
 
 _original_get_fisher_maker: Callable[..., Any]
@@ -191,4 +202,5 @@ def _accept_shared_dim(init: Callable[..., None]) -> Callable[..., None]:
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*parameters[:at], option, *parameters[at:]]
     )
+    __init__.__doc__ = f"{init.__doc__ or ''}{_HELP}"
     return __init__

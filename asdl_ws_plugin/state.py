@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .matrices import corrected
 
-__all__ = ["curvature_state", "load_curvature_state", "load_plan_state", "plan_state"]
+__all__ = ["check_strategies", "curvature_state", "load_curvature_state", "load_plan_state", "plan_state"]
 
 # key in the state -> where it is in a SymMatrix, and how its constructor calls it
 _TENSORS = {
@@ -99,10 +99,20 @@ def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
     names = {module: name for name, module in plan.model.named_modules()}
     return {
         "setting": plan.setting,
+        "strategies": {layer.name: plan.strategy_of(layer) for layer in plan.layers},
         "layouts": {names[module]: layout for module, layout in plan.layouts.settled.items()},
         "roles": [[names[module], call, role] for (module, call), role in plan.layouts.roles.items()],
         "unseen": {names[module]: reason for module, reason in unseen.items()},
     }
+
+
+def check_strategies(plan: Any, state: dict[str, Any]) -> None:
+    """Raise a ValueError if the state's curvature is under other strategies: one average must not mix them."""
+    strategies = state.get("strategies", {})
+    for layer in plan.layers:
+        found, own = strategies.get(layer.name), plan.strategy_of(layer)
+        if None not in (found, own) and found != own:
+            raise ValueError(f"Layer '{layer.name}': the state has its curvature under '{found}', not under '{own}'.")
 
 
 def load_plan_state(plan: Any, state: dict[str, Any]) -> dict[nn.Module, str]:

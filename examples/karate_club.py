@@ -5,7 +5,7 @@
 ``convert`` makes PyTorch Geometric's ``GCNConv`` aggregate before it multiplies, so that its Linear sees what eq. 3.30
 calls ã, one row for each node, and K-FAC is that of eq. 3.31. All nodes are one graph, and the loss has a term for
 each labelled node: the *expand* setting. Each learning rate is the one of four that needs the fewest steps to a
-training loss of 0.1.
+training loss of 0.1; K-FAC's damping and moving average were searched as well.
 """
 
 from __future__ import annotations

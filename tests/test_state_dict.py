@@ -209,3 +209,12 @@ def test_the_state_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"kron.A of sizes \(2, 2\) for the module 'fc1'"):
         maker.load_state_dict({**state, "curvature": {"fc1": state["curvature"]["mix"]}})
     assert model.fc1.fisher is before
+
+
+def test_a_state_of_other_strategies_or_of_something_else_is_refused():
+    model = nn.Sequential(nn.Linear(D, C))
+    makers = [kfac(model, shared_dim, ema_decay=0.5) for shared_dim in ("expand", "reduce")]
+    with pytest.raises(ValueError, match="Layer '0': the state has its curvature under 'expand', not under 'reduce'"):
+        makers[1].load_state_dict(makers[0].state_dict())
+    with pytest.raises(ValueError, match="no 'step'"):
+        makers[1].load_state_dict({})
