@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint upstream
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/vit_digits.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 tests
+
+# The patch series for ASDL: applied to the wheel patch by patch, tested, and the plugin's suite run against the result.
+upstream: $(INSTALLED)
+	$(BIN)/python patches/check.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

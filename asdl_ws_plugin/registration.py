@@ -125,9 +125,9 @@ _HELP = """
         shared_dim (str or list, optional): how layers that share their weight over positions are treated: 'expand',
             'reduce', 'auto', a strategy registered with register_operation, or a list of assignment rules such as
             ['reduce', (nn.Conv2d, 'expand'), ('decoder', 'expand', 'sequence_first')]. None: upstream's behaviour.
-        fisher_type may also be 'fisher_forward_only' (B is the identity), and loss_type 'binary_cross_entropy'; var may be
-            a covariance, a tensor (C,) or (C, C). Without data_size in the configuration, the curvature is that of
-            the loss that is passed.
+        fisher_type may also be 'fisher_forward_only' (B is the identity), and loss_type 'binary_cross_entropy'; var
+            may be a covariance, a tensor (C,) or (C, C). Without data_size in the configuration, the curvature is
+            that of the loss that is passed.
 """
 
 # ------------------------------------------------------------------------------------------------------ the places
