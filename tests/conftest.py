@@ -7,13 +7,19 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import asdl_ws_plugin  # noqa: F401
+from asdl_ws_plugin import registry
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same generator state, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def registered_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is not there for the others."""
+    monkeypatch.setattr(registry, "_operations", dict(registry._operations))
 
 
 @pytest.fixture
