@@ -25,6 +25,8 @@ from helpers import (
 )
 from torch import Tensor, nn
 
+from asdl_ws_plugin.factors import expand_factor_B
+
 pytestmark = pytest.mark.usefixtures("double")
 
 STRATEGIES = pytest.mark.parametrize("shared_dim", ["expand", "reduce"])
@@ -420,3 +422,12 @@ def test_oracle_of_A_sees_a_convolutions_padding():
     a = layer_inputs(conv, conv, x)
     torch.testing.assert_close(a @ conv.weight.flatten(1).T, conv(x).flatten(2).mT)
     assert factor_A(a, "reduce").shape == (18, 18)
+
+
+@pytest.mark.parametrize("size", [100, 128, 130, 192, 300, 577])
+@pytest.mark.parametrize("num_rows", [5, 1024, 2050])
+def test_large_products_are_the_whole_symmetric_matrix(size, num_rows):
+    x = torch.randn(num_rows, size, generator=torch.Generator().manual_seed(0))
+    factor = expand_factor_B(x.unsqueeze(1))
+    exact = torch.einsum("ni,nj->ij", x.double(), x.double())
+    torch.testing.assert_close(factor.double(), exact, rtol=1e-5, atol=1e-2)
