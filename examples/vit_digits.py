@@ -20,10 +20,10 @@ K-FAC-reduce  0.03          220 / -    270 / -    200 / 340  270 / -
 K-FAC-reduce  0.3                      220 / -    160 / 360
 ============  ============  =========  =========  =========  =========
 
-Both run with NAdamW's own best cell, 4e-3 and 0.03, so that K-FAC is on top of the same NAdamW; its best cell would have
-been 4e-3 and 0.3. The target was set to 95 % after these trials, because few of them reach 97 %. K-FAC's damping (1e-3),
-moving average and intervals were not tuned. Every number is a single run, and one image of the validation set is 0.4 %, so
-neighbouring numbers are the same within the noise.
+Both run with NAdamW's own best cell, 4e-3 and 0.03, so that K-FAC is on top of the same NAdamW; its best cell would
+have been 4e-3 and 0.3. The target was set to 95 % after these trials, because few of them reach 97 %. K-FAC's damping
+(1e-3), moving average and intervals were not tuned. Every number is a single run, and one image of the validation set
+is 0.4 %, so neighbouring numbers are the same within the noise.
 """
 
 from __future__ import annotations
