@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/vit_digits.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 # The patch series for ASDL: applied to the wheel patch by patch, tested, and the plugin's suite run against the result.
 upstream: $(INSTALLED)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _report
+from _training import nadamw
 from graph_network import GraphNetwork
 from molecule_data import Molecules, mean_average_precision
 
@@ -120,19 +121,7 @@ def train(
     molecules = data.molecules
     model = make_model(molecules)
     steps = epochs * (len(molecules.train) // BATCH_SIZE)
-    optimizer = torch.optim.NAdam(
-        model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
-        decoupled_weight_decay=True,
-    )
-    warmup = max(1, round(settings.warmup * steps))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
-        ],
-        [warmup],
-    )
+    optimizer, schedule = nadamw(model, settings, steps)
     maker = gradient_maker(model, settings)
     run, watch = _report.Run(settings.name), _report.Stopwatch()
     order = torch.Generator().manual_seed(seed)

@@ -37,6 +37,7 @@ import _report
 import asdl
 import torch
 import torch.nn.functional as F
+from _training import nadamw
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -129,19 +130,7 @@ def train(
     x, y = data.train
     steps_per_epoch = len(y) // BATCH_SIZE
     steps = epochs * steps_per_epoch
-    optimizer = torch.optim.NAdam(
-        model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
-        decoupled_weight_decay=True,
-    )
-    warmup = max(1, round(settings.warmup * steps))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warmup)),
-        ],
-        [warmup],
-    )
+    optimizer, schedule = nadamw(model, settings, steps)
     if settings.damping is None:
         maker = asdl.GradientMaker(model)
     else:
