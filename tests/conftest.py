@@ -11,9 +11,12 @@ from asdl_ws_plugin import registry
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same generator state, whatever ran before it."""
+def same_start() -> Iterator[None]:
+    """Every test starts from the same generator state and leaves no other dtype, whatever ran before it."""
     torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
 
 
 @pytest.fixture(autouse=True)
