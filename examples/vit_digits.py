@@ -6,24 +6,20 @@ As in section 4.2 of Eschenhagen (2023), K-FAC preconditions the gradient and ha
 optimizer. Images are averaged over their tokens inside of the model, so the loss has one term for every image and the
 setting is 'reduce'.
 
-Learning rate and weight decay were chosen for each from the grid {1, 2, 4, 8}e-3 x {0.03, 0.3} (of K-FAC's eight
-trials, the two with 0.3 and the outer learning rates were left out), one seed (1) that the default below does not use,
-by the fewest steps to 95 % of the validation images; momenta, warm-up, decay and length are the same. Steps to
-95 % / 97 % of 475 in all ("-": not reached):
+K-FAC is on top of the very same NAdamW. Steps to 95 % / to 97 % of the validation images, of 475, for the seeds 1, 2
+and 3, which the default below does not use ("-": not reached):
 
-============  ============  =========  =========  =========  =========
-optimizer     weight decay  lr 1e-3    lr 2e-3    lr 4e-3    lr 8e-3
-============  ============  =========  =========  =========  =========
-NAdamW        0.03          290 / -    260 / -    220 / 450  410 / -
-NAdamW        0.3           390 / -    300 / 390  290 / -    290 / -
-K-FAC-reduce  0.03          220 / -    270 / -    200 / 340  270 / -
-K-FAC-reduce  0.3                      220 / -    160 / 360
-============  ============  =========  =========  =========  =========
+============  =======================  =============================  =========================
+optimizer     lr 2e-3                  lr 4e-3                        lr 8e-3
+============  =======================  =============================  =========================
+NAdamW        260, 320, 320 / -, -, -  220, 360, 420 / 450, -, -      410, 320, - / -, -, -
+K-FAC-reduce  270, 170, 260 / -, -, -  200, 250, 150 / 340, 420, 310  270, 280, 220 / -, -, 300
+============  =======================  =============================  =========================
 
-Both run with NAdamW's own best cell, 4e-3 and 0.03, so that K-FAC is on top of the same NAdamW; its best cell would
-have been 4e-3 and 0.3. The target was set to 95 % after these trials, because few of them reach 97 %. K-FAC's damping
-(1e-3), moving average and intervals were not tuned. Every number is a single run, and one image of the validation set
-is 0.4 %, so neighbouring numbers are the same within the noise.
+4e-3 is what an earlier search on seed 1 alone chose for both, over the learning rates {1, 2, 4, 8}e-3 and the weight
+decays 0.03 and 0.3 (eight trials for NAdamW, six for K-FAC); the target was set after it. K-FAC's damping (1e-3),
+moving average and intervals were not tuned. One image of the validation set is 0.4 %, so neighbouring numbers are the
+same within the noise. In seconds NAdamW is ahead on a model this small.
 """
 
 from __future__ import annotations
