@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from asdl.fisher import FisherConfig, FisherMaker
+from asdl.grad_maker import GradientMaker
 from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_FULL, SHAPE_KFE
 from asdl.symmatrix import SymMatrix
 from asdl.utils import record_original_requires_grad
@@ -58,6 +59,14 @@ def check_batch(logits: Any, loss: Tensor | None) -> None:
             f"The loss is {loss.detach().cpu().tolist()}; nothing was updated. Either the batch has such values, every "
             "label is left out, or training has diverged: lower the learning rate or raise damping."
         )
+
+
+def check_setup(maker: GradientMaker, needs_loss: bool) -> None:
+    """Raise a ValueError if a gradient maker was not told what to call."""
+    if maker._model_fn is None:
+        raise ValueError("No model call is set. Call setup_model_call() first.")
+    if needs_loss and maker._loss_fn is None and maker._dummy_loss is None:
+        raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -131,7 +140,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
         Args:
             data_size: D, the number of examples the curvature is averaged over. Left out, it is the curvature of the
-                loss that was passed (contract, section 2).
+                loss that was passed.
             scale: multiplies every matrix; the Kronecker factors are multiplied with it each.
             accumulate: add to the curvature of earlier batches.
             calc_loss_grad: also accumulate the gradient of the loss, as it was passed, into ``.grad``.
@@ -155,10 +164,7 @@ class WeightSharingFisherMaker(FisherMaker):
         data_size = config.data_size if data_size == _INVALID_DATA_SIZE else data_size
         scale = config.scale if scale is None else scale
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
-        if self._model_fn is None:
-            raise ValueError("No model call is set. Call setup_model_call() first.")
-        if (self.is_fisher_emp or calc_loss_grad) and not has_loss:
-            raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
+        check_setup(self, needs_loss=self.is_fisher_emp or calc_loss_grad)
         plan.check_still_complete()
 
         layers = plan.layers

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .blocks import LinearBlock, has_blocks, parameters_of
 from .factors import full_precision
-from .fisher_maker import WeightSharingFisherMaker, check_batch
+from .fisher_maker import WeightSharingFisherMaker, check_batch, check_setup
 from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondition_bias, share_inverses
 from .positions import take_own_positions
 from .registry import supported_classes
@@ -67,10 +67,7 @@ class WeightSharing(NaturalGradientMaker):
         Returns the model's output and the loss. A step that raises leaves ``.grad``, the curvature and the step count
         as they were.
         """
-        if self._model_fn is None:
-            raise ValueError("No model call is set. Call setup_model_call() first.")
-        if self._loss_fn is None and self._dummy_loss is None:
-            raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
+        check_setup(self, needs_loss=True)
         with self._undone_on_error():
             return super().forward_and_backward()
 

@@ -1,4 +1,4 @@
-"""Which dimension of a layer's tensor is the batch, and how many examples there are (contract, section 4).
+"""Which dimension of a layer's tensor is the batch, and how many examples there are.
 
 There are two layouts. *Batch first* is ``(N·k, *, P)``: examples outermost, with positions merged into the batch or
 not (the windows of a Swin Transformer, a decoder that flattens). *Sequence first* is ``(R, N, *, P)`` or, flattened,

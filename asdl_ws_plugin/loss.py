@@ -85,7 +85,7 @@ class LossTerms:
         class_dim: its dimension of classes or outputs; every other index is one term.
         weight: the terms' weights in the summed loss, broadcastable to ``logits``; ``None``: all 1. A term that the
             loss leaves out has weight 0.
-        num_terms: T, the number of terms that the loss averages over; 1 for a sum (contract, section 2).
+        num_terms: T, the number of terms that the loss averages over; 1 for a sum.
         sum_factor: the gradient of the summed loss is ``sum_factor`` times that of the loss.
     """
 
@@ -323,7 +323,7 @@ def exact_output_grads(
     """The columns of the loss Hessians' square roots, one position at a time.
 
     Terms at different positions of an example must not be back-propagated together, or their products would count
-    (contract, section 5); terms of different examples may.
+   ; terms of different examples may.
 
     Args:
         position: the position of each term within its example, shape ``(rows,)``.

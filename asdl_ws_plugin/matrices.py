@@ -261,8 +261,3 @@ def diagonals(matrix: SymMatrix) -> list[tuple[Tensor, Tensor]]:
         if tensor is not None
     ]
     return [(view, view.clone()) for view in views]
-
-
-def fisher_of(module: nn.Module, attr: str) -> SymMatrix | None:
-    """The curvature that a module carries."""
-    return getattr(module, attr, None)

@@ -128,13 +128,12 @@ class Plan:
 
     def check_still_complete(self) -> None:
         """Raise a RuntimeError if the model got layers by a conversion after the plan was made."""
-        made = {module for module in self.model.modules() if isinstance(module, LinearBlock)}
-        if made - self._known_blocks:
-            name = next(name for name, module in self.model.named_modules() if module in made - self._known_blocks)
-            raise RuntimeError(
-                f"Layer '{name}' was made by a conversion after the gradient maker was created. Call convert(model) "
-                "first, then create the gradient maker."
-            )
+        for name, module in self.model.named_modules():
+            if isinstance(module, LinearBlock) and module not in self._known_blocks:
+                raise RuntimeError(
+                    f"Layer '{name}' was made by a conversion after the gradient maker was created. Call "
+                    "convert(model) first, then create the gradient maker."
+                )
 
     def _add(self, name: str, module: nn.Module, shapes: Rules, rules: Rules) -> None:
         if not any(p is not None for p in (getattr(module, "weight", None), getattr(module, "bias", None))):

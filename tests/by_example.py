@@ -51,7 +51,7 @@ def perturbed(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, Te
 def empirical_factors(
     modules: nn.Module | Sequence[nn.Module], summed_loss: Callable[[int], Tensor], num_examples: int, setting: str
 ) -> tuple[Tensor, Tensor]:
-    """A and B of one weight (of several modules if it is tied) for ``fisher_emp`` with D = N (contract, section 2).
+    """A and B of one weight (of several modules if it is tied) for ``fisher_emp`` with D = N.
 
     Args:
         summed_loss: the summed loss of example n, computed from it alone.

@@ -1,4 +1,4 @@
-"""What is refused, by whose name, and that a failed step leaves nothing behind (contract, section 7)."""
+"""What is refused, by whose name, and that a failed step leaves nothing behind."""
 
 import pytest
 import torch

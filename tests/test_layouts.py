@@ -1,4 +1,4 @@
-"""Which dimension of a layer's tensor is the batch (contract, section 4)."""
+"""Which dimension of a layer's tensor is the batch."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What the import does to ASDL, that it can be undone, and what it refuses (contract, section 6)."""
+"""What the import does to ASDL, that it can be undone, and what it refuses."""
 
 import copy
 import dataclasses
