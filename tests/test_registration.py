@@ -30,7 +30,7 @@ def run(code, *paths, expect=0):
     path = os.pathsep.join([*map(str, paths), str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
     )
     assert process.returncode == expect, process.stderr
     return process.stdout + process.stderr
