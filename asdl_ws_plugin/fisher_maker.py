@@ -7,7 +7,6 @@ the layers' operations, and become the modules' ``fisher`` at the very end. A st
 from __future__ import annotations
 
 import contextlib
-import warnings
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from asdl.utils import record_original_requires_grad
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
+from ._warn import warn
 from .batch import Batch
 from .blocks import parameters_of
 from .capture import Layer, Record, recording
@@ -30,6 +30,7 @@ from .loss import (
     LOSS_TYPES,
     LossObserver,
     LossTerms,
+    check_var,
     exact_output_grads,
     positions_of_terms,
     read_loss,
@@ -59,6 +60,11 @@ def check_batch(logits: Any, loss: Tensor | None) -> None:
             f"The loss is {loss.detach().cpu().tolist()}; nothing was updated. Either the batch has such values, every "
             "label is left out, or training has diverged: lower the learning rate or raise damping."
         )
+
+
+def _check_data_size(data_size: Any) -> None:
+    if not data_size >= 1 and data_size != _INVALID_DATA_SIZE:
+        raise ValueError(f"data_size has to be a number of examples, got {data_size!r}.")
 
 
 def check_setup(maker: GradientMaker, needs_loss: bool) -> None:
@@ -99,6 +105,8 @@ class WeightSharingFisherMaker(FisherMaker):
             raise ValueError(f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}.")
         if config.n_mc_samples < 1:
             raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
+        _check_data_size(config.data_size)
+        check_var(config.var)
         self.plan = Plan(
             model, config.fisher_shapes, config.shared_dim, config.ignore_modules,
             kronecker_only=config.fisher_type == FISHER_FORWARD_ONLY,
@@ -161,6 +169,7 @@ class WeightSharingFisherMaker(FisherMaker):
         if fvp and calc_inv:
             raise ValueError("fvp and calc_inv cannot be True at the same time.")
         config, plan = self.config, self.plan
+        _check_data_size(data_size)
         data_size = config.data_size if data_size == _INVALID_DATA_SIZE else data_size
         scale = config.scale if scale is None else scale
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
@@ -334,10 +343,9 @@ class WeightSharingFisherMaker(FisherMaker):
                 remedy = "Leave it out with ignore_modules to silence this."
                 if self.plan.is_in_attention(layer.name):
                     remedy = "The projections of nn.MultiheadAttention are not called: use convert(model)."
-                warnings.warn(
+                warn(
                     f"Layer '{layer.name}' {reason} in this step; its gradient is not preconditioned where that "
                     f"happens. {remedy}",
-                    stacklevel=4,
                 )
 
     # ------------------------------------------------------------------------------------------ the results

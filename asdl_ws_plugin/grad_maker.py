@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
+from ._warn import warn
 from .blocks import LinearBlock, has_blocks, parameters_of
 from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch, check_setup
@@ -183,14 +183,16 @@ class WeightSharing(NaturalGradientMaker):
                 and any(inverse is None and data.any() for data, inverse in pairs(matrix))]
 
     def _report_zero(self, matrices: list[tuple[str, SymMatrix]]) -> None:
-        zero = [name for name, matrix in matrices
-                if matrix.kron is not None and matrix.kron.has_data and not matrix.kron.has_inv]
-        if zero and not self._zero_reported:
+        if self._zero_reported:
+            return
+        zero = [name for name, matrix in matrices if matrix.kron is not None
+                # what another rank inverts has no inverse here either, but is not zero
+                and any(inverse is None and not bool(data.any()) for data, inverse in pairs(matrix))]
+        if zero:
             self._zero_reported = True
-            warnings.warn(
+            warn(
                 f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero, as it is behind a "
                 "zero-initialised head. Their gradients are not preconditioned until it is not.",
-                stacklevel=2,
             )
 
     # -------------------------------------------------------------------------------------------- which layers

@@ -8,13 +8,13 @@ not (the windows of a Swin Transformer, a decoder that flattens). *Sequence firs
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ._warn import warn
 from .ragged import Segments
 from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
@@ -173,11 +173,10 @@ class LayoutBook:
         name, shape = self._assumed[0]
         others = f" (as for {len(self._assumed) - 1} other layers)" if len(self._assumed) > 1 else ""
         self._assumed.clear()
-        warnings.warn(
+        warn(
             f"Layer '{name}': its input's leading sizes {shape} fit {num_examples} examples both batch first and "
             f"sequence first{others}. Batch first is assumed; a rule in shared_dim says so, or the other, as in "
             f"('{name}', 'sequence_first').",
-            stacklevel=4,
         )
 
     def note_leading(self, size: int) -> None:
@@ -192,11 +191,10 @@ class LayoutBook:
         if merged and not self._reported_merged:
             self._reported_merged = True
             name, rows = merged[0]
-            warnings.warn(
+            warn(
                 f"Layer '{name}': its {rows} rows are read as {rows // num_examples} consecutive rows of each of the "
                 f"{num_examples} examples. If examples have different numbers of rows, as graphs do, use segments or "
                 f"attach_segments; if not, the rule ('{name}', 'batch_first') in shared_dim silences this.",
-                stacklevel=5,
             )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,12 @@ from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ._warn import warn
 from .factors import accumulation_dtype
 
 __all__ = [
-    "LOSS_BINARY_CROSS_ENTROPY", "LossObserver", "LossTerms", "exact_output_grads", "positions_of_terms", "read_loss",
-    "sampled_output_grads",
+    "LOSS_BINARY_CROSS_ENTROPY", "LossObserver", "LossTerms", "check_var", "exact_output_grads", "positions_of_terms",
+    "read_loss", "sampled_output_grads",
 ]
 
 LOSS_BINARY_CROSS_ENTROPY = "binary_cross_entropy"
@@ -132,11 +132,10 @@ def read_loss(
             return _observed_terms(loss, observed, logits)
     rows = max(1, logits[..., 0].numel() if logits.ndim > 1 else logits.numel())
     if reduction not in ("sum", "mean") and loss is not None:
-        warnings.warn(
+        warn(
             "The loss calls none of torch's cross_entropy, mse_loss or binary_cross_entropy_with_logits, so what it "
             "averages over is not known. The mean over all terms is assumed; pass data_size to be independent of it "
             "(with fisher_mc or fisher_exact), or give the loss an attribute reduction = 'sum' or 'mean'.",
-            stacklevel=2,
         )
     count = 1 if reduction == "sum" else rows
     return LossTerms(logits if logits.ndim > 1 else logits.unsqueeze(-1), -1, None, count, count)
@@ -280,10 +279,26 @@ def _element_weights(arguments: dict[str, Any], x: Tensor) -> Tensor | None:
     return weight
 
 
+def check_var(var: Any) -> None:
+    """Raise a ValueError unless ``var`` is a variance, variances ``(C,)`` or a covariance ``(C, C)``."""
+    if isinstance(var, Tensor) and var.ndim == 2 and var.shape[0] == var.shape[1]:
+        symmetric = torch.allclose(var, var.mT)
+        if symmetric and not int(torch.linalg.cholesky_ex(var.to(accumulation_dtype(var.dtype))).info):
+            return
+        raise ValueError("var has to be symmetric and positive definite to be the covariance of the outputs.")
+    if isinstance(var, Tensor) and var.ndim > 1:
+        raise ValueError(f"var has to be a number or a tensor (C,) or (C, C), got sizes {tuple(var.shape)}.")
+    if not bool(torch.as_tensor(var > 0).all()):
+        raise ValueError(f"var is the variance of the outputs, which is positive; got {var!r}.")
+
+
 def _half_precision(var: Any, logits: Tensor) -> float | Tensor:
     """``Λ^{1/2}`` of the Gaussian likelihood: a number, or a ``(C, C)`` matrix whose columns are gradients."""
     if not isinstance(var, Tensor):
         return 1 / math.sqrt(var)
+    num_outputs = logits.shape[-1]
+    if var.ndim and var.shape[-1] not in ((num_outputs,) if var.ndim == 2 else (1, num_outputs)):
+        raise ValueError(f"var has sizes {tuple(var.shape)}, but there are {num_outputs} outputs.")
     var = var.to(logits)
     if var.ndim == 2:
         cholesky = torch.linalg.cholesky(var)

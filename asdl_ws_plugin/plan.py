@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from asdl.matrices import (
 from asdl.operations import Operation
 from torch import Tensor, nn
 
+from ._warn import warn
 from .blocks import LinearBlock, has_blocks, is_trainable, weight_key
 from .capture import Layer, first_tensor
 from .layout import LayoutBook, declared_layout
@@ -99,6 +99,7 @@ class Plan:
                     raise
                 on_refusal(name, module, error)
         self._settle_ties()
+        self._log_skipped()
         self._note_unsupported(ignore_modules or ())
         self.layouts.is_graph = any(
             cls.__name__ == "MessagePassing" for module in model.modules() for cls in type(module).__mro__
@@ -109,9 +110,8 @@ class Plan:
         unmatched = [key for key in ignore_modules if not isinstance(key, type)
                      and not any(matches_any(name, module, [key]) for name, module in self.model.named_modules())]
         if unmatched:
-            warnings.warn(
+            warn(
                 f"ignore_modules: {', '.join(describe_key(key) for key in unmatched)} matches no module of the model.",
-                stacklevel=4,
             )
         for name, module in self.model.named_modules():
             if is_supported(module) or has_blocks(module) or matches_any(name, module, ignore_modules):
@@ -140,7 +140,7 @@ class Plan:
             return  # a LayerNorm without affine parameters
         reason = _why_not(module)
         if reason is not None:
-            self._skip(name, reason)
+            self.skipped[name] = reason
             return
         shape_values = shapes.for_layer(name, module)
         if not shape_values:
@@ -160,10 +160,10 @@ class Plan:
             )
         shape = _shape_for(name, module, shape_values[0])
         if shape is None:
-            self._skip(name, "the Kronecker factor of an embedding would have the vocabulary's size squared")
+            self.skipped[name] = "the Kronecker factor of an embedding would have the vocabulary's size squared"
             return
         if self._kronecker_only and shape not in (SHAPE_KRON, SHAPE_SWIFT_KRON):
-            self._skip(name, f"fisher_forward_only is for Kronecker factors, not for the shape '{shape}'")
+            self.skipped[name] = f"fisher_forward_only is for Kronecker factors, not for the shape '{shape}'"
             return
         if isinstance(module, nn.Conv2d) and module.groups > 1 and shape in _KRONECKER:
             raise ValueError(
@@ -198,9 +198,9 @@ class Plan:
                     )
                 first.tied.append((layer.name, layer.module))
             elif first is not None:
-                self._skip(layer.name, f"its weight is tied to '{first.name}', which is of another type")
+                self.skipped[layer.name] = f"its weight is tied to '{first.name}', which is of another type"
             elif weight is not None and weight in embedded and not isinstance(layer.module, nn.Embedding):
-                self._skip(layer.name, f"its weight is tied to the embedding '{embedded[weight]}'")
+                self.skipped[layer.name] = f"its weight is tied to the embedding '{embedded[weight]}'"
             else:
                 layers.append(layer)
                 if weight is not None:
@@ -211,9 +211,21 @@ class Plan:
     def _wanted(self, layer: Layer) -> tuple[str, str, str | None]:
         return layer.shape, self._strategy[layer.module], self.layouts.rule.get(layer.module)
 
-    def _skip(self, name: str, reason: str) -> None:
-        self.skipped[name] = reason
-        logger.info("layer '%s' is left to the first-order optimizer: %s", name, reason)
+    def _log_skipped(self) -> None:
+        names: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            names.setdefault(reason, []).append(f"'{name}'")
+        for reason, these in names.items():
+            logger.info("left to the first-order optimizer: %s: %s", ", ".join(these), reason)
+
+    def __repr__(self) -> str:
+        strategies: dict[str, list[str]] = {}
+        for layer in self.layers:
+            strategy = self.strategy_of(layer) or "auto, not decided yet"
+            strategies.setdefault(f"{strategy}, {layer.shape}", []).append(layer.name)
+        lines = [f"{key}: {', '.join(names)}" for key, names in strategies.items()]
+        lines += [f"left out: {name}: {reason}" for name, reason in (self.skipped | self.unsupported).items()]
+        return "\n  ".join([f"Plan of {len(self.layers)} layers", *lines])
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._by_module
@@ -335,10 +347,9 @@ def _shape_for(name: str, module: nn.Module, shape: str) -> str | None:
     if isinstance(module, nn.Embedding) and shape in (*_KRONECKER, SHAPE_UNIT_WISE):
         return None
     if isinstance(module, _NORMALIZATIONS) and shape in _KRONECKER:
-        warnings.warn(
+        warn(
             f"Layer '{name}' ({type(module).__name__}) has no Kronecker factors; it gets the shape "
             f"'{SHAPE_UNIT_WISE}'.",
-            stacklevel=4,
         )
         return SHAPE_UNIT_WISE
     return shape

@@ -1,5 +1,8 @@
 """What is refused, by whose name, and that a failed step leaves nothing behind."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -446,6 +449,48 @@ def test_damping_leaves_the_averages_to_the_last_bit():
 def test_values_that_make_no_sense_are_refused_where_they_enter(option, message):
     with pytest.raises(ValueError, match=message):
         kfac(Model(), **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [({"data_size": 0}, "data_size.*0"), ({"data_size": -2}, "data_size.*-2"), ({"n_mc_samples": 0}, "n_mc_samples"),
+     ({"var": 0.0}, "var is the variance.*0.0"), ({"var": -1}, "var is the variance.*-1"),
+     ({"var": math.nan}, "var is the variance"), ({"var": torch.tensor([1.0, 0.0])}, "var is the variance"),
+     ({"var": torch.ones(2, 3)}, r"var.*\(2, 3\)"), ({"var": torch.ones(2, 2, 2)}, r"var.*\(2, 2, 2\)"),
+     ({"var": torch.tensor([[1.0, 2.0], [2.0, 1.0]])}, "var.*positive definite"),
+     ({"var": torch.tensor([[1.0, 0.5], [0.0, 1.0]])}, "var.*symmetric")],
+)
+def test_values_of_a_fisher_config_that_make_no_sense_are_refused_where_they_enter(option, message):
+    options = {"fisher_type": "fisher_mc", "loss_type": "mse", "fisher_shapes": ["kron"], **option}
+    with pytest.raises(ValueError, match=message):
+        get_fisher_maker(Model(), FisherConfig(**options, shared_dim="reduce"))
+
+
+@pytest.mark.parametrize("fisher_type", ["fisher_mc", "fisher_exact"])
+def test_data_size_and_var_that_do_not_fit_are_refused_by_the_step(fisher_type):
+    x, target = torch.randn(N, D), torch.randn(N, C)
+    model = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C))
+    maker = get_fisher_maker(model, FisherConfig(fisher_type, ["kron"], loss_type="mse", shared_dim="reduce",
+                                                   var=torch.ones(C + 1)))
+    maker.setup_loss_call(F.mse_loss, maker.setup_model_call(model, x), target)
+    with pytest.raises(ValueError, match=rf"var has sizes \({C + 1},\), but there are {C} outputs"):
+        maker.forward_and_backward()
+    with pytest.raises(ValueError, match=r"data_size.*0"):
+        maker.forward_and_backward(data_size=0)
+    assert not hasattr(model[0], "fisher")
+
+
+def test_warnings_point_at_the_users_line():
+    model = nn.Sequential(nn.Linear(D, 4), nn.LayerNorm(4), nn.Linear(4, C))
+    nn.init.zeros_(model[2].weight)
+    with pytest.warns(UserWarning) as caught:
+        config = FisherConfig("fisher_emp", ["kron"], shared_dim="reduce", ignore_modules=["typo"])
+        get_fisher_maker(model, config)
+        maker = kfac(model, fisher_type="fisher_emp")
+        step(maker, lambda y, target: (y - target).abs().mean(), torch.randn(N, C), torch.randn(N, D))
+    for message in ("no Kronecker factors", "'typo' matches no module", "exactly zero", "calls none of torch's"):
+        (found,) = (w for w in caught if message in str(w.message))
+        assert Path(found.filename).parent == Path(__file__).parent, message
 
 
 def test_an_input_modified_in_place_is_refused():

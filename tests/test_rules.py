@@ -9,7 +9,6 @@ from by_example import assert_factors, empirical_factors, fisher, kfac, kron, st
 from torch import nn
 
 import asdl_ws_plugin
-from asdl_ws_plugin import registry
 from asdl_ws_plugin._torchvision import make_importable
 from asdl_ws_plugin.operations import LinearExpand, LinearReduce
 
@@ -264,15 +263,23 @@ def test_kron_for_everything_gives_norms_their_own_shape_and_says_so():
         fisher(Model(), "reduce", F.cross_entropy, torch.randint(C, (N,)), batch()[0])
 
 
+def test_a_plan_prints_what_is_done_with_which_layer(caplog):
+    """And the log has one line for each reason, however many layers it is the reason of."""
+    model = nn.ModuleDict({"ids": nn.Embedding(5, 3), "more": nn.Embedding(5, 3), "fc": nn.Linear(3, 3),
+                           "head": nn.Linear(3, 2), "bare": nn.PReLU()})
+    with caplog.at_level("INFO"):
+        plan = kfac(model, ["expand", ("head", "auto")], ignore_modules=[]).plan
+    reason = "the Kronecker factor of an embedding would have the vocabulary's size squared"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"left to the first-order optimizer: 'ids', 'more': {reason}"
+    ]
+    assert repr(plan).splitlines() == [
+        "Plan of 2 layers", "  expand, kron: fc", "  auto, not decided yet, kron: head", f"  left out: ids: {reason}",
+        f"  left out: more: {reason}", "  left out: bare: PReLU has parameters without an operation",
+    ]
+
+
 # ------------------------------------------------------------------------------ operations and strategies of the user's
-
-
-@pytest.fixture
-def own_registry():
-    before = dict(registry._operations)
-    yield
-    registry._operations.clear()
-    registry._operations.update(before)
 
 
 class FirstTokenOnly(LinearReduce):
@@ -287,7 +294,7 @@ class FirstTokenOnly(LinearReduce):
         return out_grads[:, 0].mT @ out_grads[:, 0]
 
 
-def test_a_strategy_of_the_users_own(own_registry):
+def test_a_strategy_of_the_users_own():
     model, (x, target) = Model(), batch()
     with pytest.raises(ValueError, match="unknown value 'mine'"):
         kfac(model, "mine")
@@ -307,7 +314,7 @@ def test_a_strategy_of_the_users_own(own_registry):
     assert_factors(model.block2.qkv, empirical_factors(model.block2.qkv, example, N, "reduce"))
 
 
-def test_a_strategy_for_every_layer_needs_an_operation_for_each(own_registry):
+def test_a_strategy_for_every_layer_needs_an_operation_for_each():
     asdl_ws_plugin.register_operation(nn.Linear, FirstTokenOnly, shared_dim="mine")
     with pytest.raises(ValueError, match=r"'conv'.*no operation for Conv2d under.*'mine'.*register_operation"):
         kfac(Model(), "mine")
@@ -334,7 +341,7 @@ class ScaledExpand(LinearExpand):
 
 
 @pytest.mark.parametrize("ema_decay", [-1, 1.0])
-def test_a_layer_type_of_the_users_own(own_registry, ema_decay):
+def test_a_layer_type_of_the_users_own(ema_decay):
     asdl_ws_plugin.register_operation(Scaled, ScaledExpand, shared_dim="expand")
     model, (x, target) = Model(), batch()
     model.block1.qkv = Scaled(6, 6)
@@ -356,7 +363,7 @@ def test_a_layer_type_of_the_users_own(own_registry, ema_decay):
         kfac(model, "reduce")
 
 
-def test_register_operation_refuses_what_it_cannot_use(own_registry):
+def test_register_operation_refuses_what_it_cannot_use():
     for arguments in ((torch.Tensor, LinearReduce), (nn.Linear, nn.Linear), (nn.Linear, LinearReduce, 3),
                       (nn.Linear(2, 2), LinearReduce)):
         with pytest.raises(TypeError):
