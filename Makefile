@@ -26,4 +26,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,examples]'
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps laplace-torch  # it pins an older ASDL
 	touch $@

@@ -82,6 +82,7 @@ class Plan:
         self._by_weight: dict[Any, Layer] = {}
         self._checked: set[nn.Module] = set()
         self._channels_first: dict[nn.Module, bool] = {}
+        self._without_factors: list[str] = []
         self._unit_wise: set[nn.Module] = set()  # layers with a block for every unit, while there is more than a number
 
         shapes = Rules(fisher_shapes, "fisher_shape")
@@ -98,6 +99,10 @@ class Plan:
                 if on_refusal is None:
                     raise
                 on_refusal(name, module, error)
+        if self._without_factors:
+            first, *others = self._without_factors
+            as_others = f" (as {len(others)} other layers)" if others else ""
+            warn(f"Layer {first}{as_others} has no Kronecker factors; it gets the shape '{SHAPE_UNIT_WISE}'.")
         self._settle_ties()
         self._log_skipped()
         self._note_unsupported(ignore_modules or ())
@@ -158,10 +163,14 @@ class Plan:
                 f"Layer '{name}': there is no operation for {type(module).__name__} under shared_dim='{strategy}'. "
                 f"Register one with register_operation, or give it another rule, as in ('{name}', 'reduce')."
             )
-        shape = _shape_for(name, module, shape_values[0])
-        if shape is None:
+        shape = shape_values[0]
+        if isinstance(module, nn.Embedding) and shape in (*_KRONECKER, SHAPE_UNIT_WISE):
             self.skipped[name] = "the Kronecker factor of an embedding would have the vocabulary's size squared"
             return
+        if isinstance(module, _NORMALIZATIONS) and shape in _KRONECKER:
+            shape = SHAPE_UNIT_WISE
+            if is_trainable(module):
+                self._without_factors.append(f"'{name}' ({type(module).__name__})")
         if self._kronecker_only and shape not in (SHAPE_KRON, SHAPE_SWIFT_KRON):
             self.skipped[name] = f"fisher_forward_only is for Kronecker factors, not for the shape '{shape}'"
             return
@@ -340,19 +349,6 @@ class Plan:
         if isinstance(module, (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)):
             return True
         return self._channels_first.get(module, False)
-
-
-def _shape_for(name: str, module: nn.Module, shape: str) -> str | None:
-    """The shape that is computed where the one asked for is another by a simpler name; ``None``: none."""
-    if isinstance(module, nn.Embedding) and shape in (*_KRONECKER, SHAPE_UNIT_WISE):
-        return None
-    if isinstance(module, _NORMALIZATIONS) and shape in _KRONECKER:
-        warn(
-            f"Layer '{name}' ({type(module).__name__}) has no Kronecker factors; it gets the shape "
-            f"'{SHAPE_UNIT_WISE}'.",
-        )
-        return SHAPE_UNIT_WISE
-    return shape
 
 
 def _unit_wise_or_diag(module: nn.Module) -> str:
