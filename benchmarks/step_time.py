@@ -1,4 +1,4 @@
-"""What a K-FAC training step costs: the plugin beside the same arithmetic written by hand, and beside plain NAdam.
+"""What a K-FAC step costs: the plugin beside the same arithmetic written by hand, stock ASDL, and plain NAdam.
 
     python benchmarks/step_time.py            # takes minutes
     python benchmarks/step_time.py --quick    # a smaller model, to see whether it runs
@@ -6,7 +6,8 @@
 A timm ViT (depth 6, width 192, 64 tokens, 100 classes, batches of 128) is trained by NAdam, LayerNorms ignored, with
 the curvature updated on every step and the inverses on every tenth ("10/100": every 10th and every 100th). Every
 contender runs through ASDL with ``shared_dim`` ("plugin") and as a hand-written loop ("bare",
-``_bare_kfac.py``); that both compute the same factors and gradients is checked first.
+``_bare_kfac.py``); that both compute the same factors and gradients is checked first. Without ``shared_dim`` it runs
+through ASDL as it is ("stock": the same Fisher type and intervals, all positions flattened with the wrong scale).
 
 A step is one of up to three kinds: with new curvature and new inverses, with new curvature only, with neither. In
 every round each contender makes one step of each kind, so a slow spell of the machine meets all of them; the order
@@ -60,6 +61,11 @@ class Contender:
         updates = self.inverse_interval // self.curvature_interval
         kinds = {"inverse": 1, "curvature": updates - 1, "neither": self.inverse_interval - updates}
         return {kind: count for kind, count in kinds.items() if count}
+
+    @property
+    def stock(self) -> str:
+        """What this is without ``shared_dim``: the same for both settings."""
+        return f"stock {self.fisher_type} {self.curvature_interval}/{self.inverse_interval}"
 
     def step_of(self, kind: str) -> int:
         """A step of the schedule that is of this kind."""
@@ -118,15 +124,17 @@ class Workload:
             loss.backward()
         self._update()
 
-    def by_plugin(self, contender: Contender) -> tuple[Any, Callable[[str], None]]:
-        """The gradient maker, and a function that makes a step of a kind."""
+    def by_plugin(self, contender: Contender, stock: bool = False) -> tuple[Any, Callable[[str], None]]:
+        """The gradient maker, and a function that makes a step of a kind. ``stock``: as if there were no plugin."""
         config = asdl.PreconditioningConfig(
             damping=DAMPING, ema_decay=EMA_DECAY, ignore_modules=[nn.LayerNorm],
             curvature_upd_interval=contender.curvature_interval,
             preconditioner_upd_interval=contender.inverse_interval,
+            **({"data_size": len(self.x)} if stock else {}),
         )
         maker = asdl.KfacGradientMaker(
-            self.model, config, fisher_type=contender.fisher_type, shared_dim=contender.setting
+            self.model, config, fisher_type=contender.fisher_type,
+            shared_dim=None if stock else contender.setting,
         )
 
         def step(kind: str, update: bool = True) -> None:
@@ -284,6 +292,11 @@ def main() -> None:
             workload = Workload(size)
             _, step = (workload.by_plugin if who == "plugin" else workload.by_hand)(CONTENDERS[name])
             contenders[f"{name}/{who}"] = {kind: functools.partial(step, kind) for kind in CONTENDERS[name].kinds}
+        if CONTENDERS[name].stock not in contenders:
+            _, step = Workload(size).by_plugin(CONTENDERS[name], stock=True)
+            contenders[CONTENDERS[name].stock] = {
+                kind: functools.partial(step, kind) for kind in CONTENDERS[name].kinds
+            }
     with Progress(console=console, transient=True) as progress:
         alternate(contenders, 1)  # warm up
         task = progress.add_task("timing", total=rounds * sum(len(kinds) for kinds in contenders.values()))
@@ -292,22 +305,24 @@ def main() -> None:
 
     plain = statistics.median(times["plain"]["neither"])
     table = Table(title="A training step (medians; weighted by the schedule)")
-    for column in ("", "plugin ms", "bare ms", "plugin / bare", "target", "plugin / NAdam", "target", "plugin MiB",
-                   "bare MiB"):
+    for column in ("", "plugin ms", "bare ms", "plugin / bare", "target", "plugin / NAdam", "target", "stock ms",
+                   "stock / plugin", "plugin MiB", "bare MiB"):
         table.add_column(column, justify="right" if column else "left")
 
     def mib(name: str, by: str) -> str:
         return "-" if args.no_memory else f"{in_fresh_process(memory, size, name, by):.0f}"
 
     with console.status("peak memory"):
-        table.add_row("plain NAdam", "", f"{plain * 1e3:.0f}", "", "", "1.00", "", "", mib("", "plain"))
+        table.add_row("plain NAdam", "", f"{plain * 1e3:.0f}", "", "", "1.00", "", "", "", "", mib("", "plain"))
         for name in args.only:
             contender = CONTENDERS[name]
             ours, theirs = (weighted(times[f"{name}/{who}"], contender.kinds) for who in ("plugin", "bare"))
+            stock = weighted(times[contender.stock], contender.kinds)
             table.add_row(
                 name, f"{ours * 1e3:.0f}", f"{theirs * 1e3:.0f}",
                 _judged(ours / theirs, OVERHEAD_TARGET), f"{OVERHEAD_TARGET}",
                 _judged(ours / plain, contender.target), f"{contender.target}",
+                f"{stock * 1e3:.0f}", f"{stock / ours:.2f}",
                 mib(name, "plugin"), mib(name, "bare"),
             )
     console.print(table)

@@ -81,3 +81,17 @@ def _peak_of_a_known_step() -> float:
     from _timing import peak_memory_mib  # type: ignore[import-not-found]
 
     return peak_memory_mib(lambda: lambda: torch.ones(64, 2**20), steps=2)
+
+
+@pytest.mark.parametrize("shared_dim", ["reduce", "expand"])
+def test_the_peers_compute_the_same_factors(
+    step_time: ModuleType, monkeypatch: pytest.MonkeyPatch, shared_dim: str
+) -> None:
+    import peers
+
+    size = step_time.Size(depth=1, width=12, image=8, batch=6, classes=5)
+    assert peers.check_same(size, shared_dim) < 1e-5
+    by_curvlinops, other = peers.by_curvlinops, {"reduce": "expand", "expand": "reduce"}[shared_dim]
+    monkeypatch.setattr(peers, "by_curvlinops", lambda workload, kind, _: by_curvlinops(workload, kind, other))
+    with pytest.raises(AssertionError, match=r"factors of 'patch_embed.proj' differ"):
+        peers.check_same(size, shared_dim)
