@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-__all__ = ["Call", "Layer", "Record", "first_tensor", "last_nodes", "output_edge", "recording"]
+__all__ = [
+    "Call", "Layer", "Record", "batch_norm_edge", "first_tensor", "last_nodes", "output_edge", "recording",
+]
 
 
 @dataclass
@@ -121,6 +123,28 @@ def output_edge(out: Tensor) -> GradientEdge:
     return get_gradient_edge(out)
 
 
+def batch_norm_edge(module: nn.Module, in_data: Tensor, out: Tensor) -> GradientEdge | None:
+    """Where the gradient with respect to the batch normalization within a module arrives, as before an activation.
+
+    ``None`` if the module does not normalize ``in_data`` itself with its own weight and bias.
+    """
+    own = {id(p) for p in module.parameters(recurse=False)}
+    done = {in_data.grad_fn}
+    todo = [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in done:
+            continue
+        done.add(node)
+        inner = [other for other, _ in node.next_functions]
+        if "BatchNorm" in node.name() and any(id(getattr(other, "variable", None)) in own for other in inner):
+            source = None if inner[0] is None else getattr(inner[0], "variable", inner[0])
+            is_input = source is (in_data if in_data.is_leaf else in_data.grad_fn) or not in_data.requires_grad
+            return GradientEdge(node, 0) if is_input else None
+        todo += inner
+    return None
+
+
 def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor:
     """The first tensor of a layer's arguments or outputs. Raises a TypeError that names the layer if there is none."""
     if isinstance(values, Tensor):
@@ -136,11 +160,12 @@ def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor
 @contextlib.contextmanager
 def recording(
     layers: list[Layer],
-    check: Callable[[Layer, nn.Module, Tensor, Tensor], None] | None = None,
+    check: Callable[[Layer, nn.Module, Tensor, Tensor], GradientEdge | None] | None = None,
     on_refusal: Callable[[Layer, Exception], None] | None = None,
 ) -> Iterator[Record]:
     """Record the calls of these layers while the context is open; ``check(layer, module, in_data, out)`` on each.
 
+    What that returns is where the layer's output gradient arrives, unless it is ``None``: at the module's output.
     With ``on_refusal``, a call that cannot be recorded is handed to it with the error instead of raising that.
 
     Whatever torch.compile compiled runs eagerly meanwhile: compiled code skips hooks, or hides the outputs of inner
@@ -164,9 +189,8 @@ def recording(
                 record.without_graph.add(layer.module)
                 return
             in_data = first_tensor(name, module, "arguments", args or kwargs)
-            if check is not None:
-                check(layer, module, in_data, out)
-            call = Call(in_data.detach(), out.shape, output_edge(out), in_data._version)
+            edge = None if check is None else check(layer, module, in_data, out)
+            call = Call(in_data.detach(), out.shape, edge or output_edge(out), in_data._version)
             record.calls.setdefault(layer.module, []).append(call)
 
         # First of all hooks: the user's own may replace the output.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +20,11 @@ from asdl.matrices import (
 )
 from asdl.operations import Operation
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from ._warn import warn
 from .blocks import LinearBlock, has_blocks, is_trainable, weight_key
-from .capture import Layer, first_tensor
+from .capture import Layer, batch_norm_edge, first_tensor
 from .layout import LayoutBook, declared_layout
 from .operations import EXPAND, REDUCE
 from .registry import find_operation, is_supported
@@ -289,16 +291,21 @@ class Plan:
         assert operation is not None, layer.name
         return operation
 
-    def check_call(self, layer: Layer, module: nn.Module, in_data: Tensor, out: Tensor) -> None:
-        """Look at a call while its tensors are untouched: is a subclass's layer still what its base class is?"""
-        if isinstance(module, nn.Linear):
-            self._check_linear(layer, module, in_data)
-            return
+    def check_call(self, layer: Layer, module: nn.Module, in_data: Tensor, out: Tensor) -> GradientEdge | None:
+        """Look at a call while its tensors are untouched: is a subclass's layer still what its base class is?
+
+        Returns where the gradient of the layer's output arrives if it is not the module's output.
+        """
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            self._check_weight(layer, module, in_data)
+            return None
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            return self._edge_of_batch_norm(layer, module, in_data, out)
         # which dimension does a LayerNorm subclass normalize?
         if not isinstance(module, nn.LayerNorm) or type(module).forward is nn.LayerNorm.forward:
-            return
+            return None
         if module in self._channels_first:
-            return
+            return None
         with torch.no_grad():
             for channels_first in (False, True):
                 x = in_data.movedim(1, -1) if channels_first and in_data.ndim > 2 else in_data
@@ -308,40 +315,55 @@ class Plan:
                 y = y.movedim(-1, 1) if channels_first and in_data.ndim > 2 else y
                 if torch.allclose(y.to(out.dtype), out, rtol=1e-2, atol=1e-3):
                     self._channels_first[module] = channels_first
-                    return
+                    return None
         raise ValueError(
             f"Layer '{layer.name}' ({type(module).__name__}) is a subclass of LayerNorm that computes something "
             f"else. Leave it to the first-order optimizer with ignore_modules=['{layer.name}']."
         )
 
-    def _check_linear(self, layer: Layer, module: nn.Linear, in_data: Tensor) -> None:
-        """Whether the weight gradient of a subclass of ``nn.Linear`` is that of a linear layer of its input."""
+    @staticmethod
+    def _edge_of_batch_norm(layer: Layer, module: nn.Module, in_data: Tensor, out: Tensor) -> GradientEdge | None:
+        """Of a subclass that adds an activation, as timm's do: the output of the normalization."""
+        if type(module).forward is nn.modules.batchnorm._BatchNorm.forward and "forward" not in module.__dict__:
+            return None
+        edge = batch_norm_edge(module, in_data, out)
+        if edge is None:
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(module).__name__}) is a subclass of BatchNorm that computes something "
+                f"else. Leave it to the first-order optimizer with ignore_modules=['{layer.name}']."
+            )
+        return edge
+
+    def _check_weight(self, layer: Layer, module: nn.Linear | nn.Conv2d, in_data: Tensor) -> None:
+        """Whether the weight gradient of a subclass of a linear layer is that of such a layer of its input."""
+        base = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
         forward = module.__dict__.get("forward") or type(module).forward
-        known = forward is nn.Linear.forward or (getattr(forward, "__module__", "") or "").startswith(OURS)
+        known = forward is base.forward or (getattr(forward, "__module__", "") or "").startswith(OURS)
         if known or module in self._checked or not module.weight.requires_grad:
             return
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         devices = [in_data.device] if in_data.device.type != "cpu" else []
         found: Tensor | None = None
+        expected: Tensor | None = None
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices, device_type=in_data.device.type):
                 out = first_tensor(layer.name, module, "outputs", module.forward(in_data.detach()))
                 cotangent = torch.arange(out.numel(), device=out.device).sin().view_as(out).to(out.dtype)
                 (found,) = torch.autograd.grad(out, module.weight, cotangent, allow_unused=True)
+                expected = _weight_grad(module, in_data.detach(), cotangent)
         except TypeError:  # it wants more arguments
             pass
         finally:
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)
-        if found is not None:
-            expected = cotangent.flatten(0, -2).mT.to(found.dtype) @ in_data.detach().flatten(0, -2).to(found.dtype)
-            if float((found - expected).norm()) <= 1e-2 * float(expected.norm()):
-                self._checked.add(module)
-                return
+        off = math.inf if found is None or expected is None else float((found - expected).norm())
+        if expected is not None and off <= 1e-2 * float(expected.norm()):
+            self._checked.add(module)
+            return
         raise ValueError(
-            f"Layer '{layer.name}' ({type(module).__name__}) is a subclass of Linear that computes something else with "
-            f"its weight. Leave it to the first-order optimizer with ignore_modules=['{layer.name}']."
+            f"Layer '{layer.name}' ({type(module).__name__}) is a subclass of {base.__name__} that computes something "
+            f"else with its weight. Leave it to the first-order optimizer with ignore_modules=['{layer.name}']."
         )
 
     def has_channels_first(self, module: nn.Module) -> bool:
@@ -349,6 +371,18 @@ class Plan:
         if isinstance(module, (nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)):
             return True
         return self._channels_first.get(module, False)
+
+
+def _weight_grad(module: nn.Linear | nn.Conv2d, in_data: Tensor, cotangent: Tensor) -> Tensor | None:
+    """What the gradient of a plain layer's weight would be; ``None`` if its output would have other sizes."""
+    if isinstance(module, nn.Linear):
+        weight = module.weight
+        return cotangent.flatten(0, -2).mT.to(weight.dtype) @ in_data.flatten(0, -2).to(weight.dtype)
+    out = nn.Conv2d.forward(module, in_data)
+    if out.shape != cotangent.shape:  # padded by itself, as TensorFlow's "same" is
+        return None
+    (grad,) = torch.autograd.grad(out, module.weight, cotangent.to(out.dtype))
+    return grad
 
 
 def _unit_wise_or_diag(module: nn.Module) -> str:

@@ -453,5 +453,6 @@ def _sentence(text: str) -> str:
 def _explained(error: Exception, name: str) -> tuple[str, str]:
     """An error message ``Layer 'name' (Class): reason. Remedy.`` in its two parts."""
     text = re.sub(r"^Layer '[^']*'(?: \(\w+\))?:? ", "", str(error))
+    text = f"it {text}" if text.startswith("is ") else text
     reason, _, remedy = text.partition(". ")
     return _sentence(reason), remedy or f"Leave it to the first-order optimizer with ignore_modules=['{name}']."

@@ -450,9 +450,94 @@ def test_batch_norm_of_images_as_high_as_there_are_images(height):
     check_norm(model, "diag", torch.randn(N, height, 2, D))
 
 
+class ActivatedNorm(nn.BatchNorm2d):
+    """A subclass with an activation in its forward, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__(D)
+        self.in_place = in_place
+
+    def forward(self, x):
+        return F.relu(super().forward(x), inplace=self.in_place)
+
+
+class Stemmed(Normed):
+    """The norm comes after another layer."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.stem = nn.Linear(D, D)
+
+    def forward(self, x):
+        return super().forward(self.stem(x))
+
+
+@pytest.mark.parametrize("shape", ["unit_wise", "diag"])
+@pytest.mark.parametrize("kind", ["in place", "not in place", "timm"])
+@pytest.mark.parametrize("stem", [False, True], ids=["of the input", "of a layer"])
+def test_a_batch_norm_with_an_activation(stem, kind, shape):
+    """The block is that of the normalization's own output, which the activation changes."""
+    make_importable()
+    timms = pytest.importorskip("timm.layers").BatchNormAct2d
+    norm = timms(D, act_layer=nn.SiLU) if kind == "timm" else ActivatedNorm(kind == "in place")
+    model = (Stemmed if stem else Normed)(norm, channels_first=True).eval()
+    check_norm(model, shape, torch.randn(N, 3, 2, D))
+
+
+class OtherBatchNorm(nn.BatchNorm2d):
+    """Normalizes something else than its input."""
+
+    def forward(self, x):
+        return super().forward(x * x)
+
+
 def test_a_subclass_that_computes_something_else_is_refused():
     with pytest.raises(ValueError, match=r"'norm' \(OtherNorm\) is a subclass of LayerNorm that computes"):
         check_norm(Normed(OtherNorm(D)), "unit_wise")
+    model = nn.Sequential(nn.Conv2d(2, D, 1), OtherBatchNorm(D), nn.Flatten(1), nn.LazyLinear(C)).eval()
+    with pytest.raises(ValueError, match=r"'1' \(OtherBatchNorm\) is a subclass of BatchNorm that computes"):
+        fisher(model, "reduce", sum_loss, torch.randint(C, (N,)), torch.randn(N, 2, 3, 3),
+               shapes=["kron", (nn.BatchNorm2d, "unit_wise")])
+
+
+class StandardizedConv(nn.Conv2d):
+    """Uses another weight than the one it has, as weight standardization does."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+
+
+class SamePaddedConv(nn.Conv2d):
+    """Pads by itself, as TensorFlow's "same" and timm's Conv2dSame do."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class AdaptedConv(nn.Conv2d):
+    """A convolution of its own weight, and an adapter beside it."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(1, keepdim=True)[..., 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("conv", [StandardizedConv, SamePaddedConv])
+def test_a_convolution_that_computes_something_else_is_refused(conv):
+    model = nn.Sequential(conv(2, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(C))
+    x = torch.randn(N, 2, 8, 8)
+    model(x)
+    match = rf"'0' \({conv.__name__}\) is a subclass of Conv2d that computes something else"
+    with pytest.raises(ValueError, match=match):
+        check(model, [model[0]], "expand", x)
+    check(model, [model[3]], "expand", x, ignore=["0"])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_subclass_of_conv2d_that_is_one_works(setting):
+    model = nn.Sequential(AdaptedConv(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(C))
+    x = torch.randn(N, 2, 6, 6)
+    model(x)
+    check(model, [model[0]], setting, x)
 
 
 def test_norms_without_parameters_are_nothing_to_precondition():
