@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
-from .blocks import parameters_of
+from .blocks import has_blocks, parameters_of
 from .capture import Layer, recording
 from .fisher_maker import count_examples
 from .graph import Graph
@@ -71,7 +71,8 @@ class Survey:
         record: the calls of the plan's layers.
         refused: layers that cannot be handled, with the error.
         graph: the autograd graph of all of the output.
-        from_input: its nodes that depend on the inputs; ``None`` where autograd cannot tell.
+        from_input: its nodes that depend on the inputs, or on Parameters that take their place; ``None`` where
+            autograd cannot tell.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Survey:
         self.graph = Graph(_tensors(output))
         inputs = list(_tensors([args, kwargs]))
         found = self.graph.depending_on(leaves) if len(leaves) == len(inputs) else set()
-        self.from_input = found or None
+        self.from_input = found | self.graph.depending_on(_learned_inputs(model)) if found else None
         self.positions: dict[nn.Module, Positions] = {}
         if logits.ndim == 0:  # a loss
             self.num_examples = (leading_sizes([args, kwargs]) or (1,))[0]
@@ -118,6 +119,15 @@ class Survey:
 
     def _refuse(self, layer: Layer, error: Exception) -> None:
         self.refused.setdefault(layer.module, error)
+
+
+def _learned_inputs(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters that may be repeated for every example and be layers' inputs: embeddings, class tokens, queries."""
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            yield module.weight
+        elif not has_blocks(module):
+            yield from (p for name, p in module.named_parameters(recurse=False) if name not in ("weight", "bias"))
 
 
 def _traced(value: Any, leaves: list[Tensor]) -> Any:

@@ -83,6 +83,19 @@ class Calls(nn.Module):
         return self.head(self.second(self.first(x)).mean(1))
 
 
+class Queries(nn.Module):
+    """Cross-attention from learned queries, the same for every example, as detection models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(R + 1, E))
+        self.q, self.k, self.v, self.head = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(len(x), -1, -1)
+        return self.head(F.scaled_dot_product_attention(self.q(queries), self.k(x), self.v(x)))
+
+
 def tokens(*sizes: int) -> Tensor:
     return torch.randint(11, sizes)
 
@@ -94,6 +107,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Any]] = {
     "sequence_first": (lambda: asdl_ws_plugin.convert(Encoder(batch_first=False)), lambda: tokens(R, N), "expand"),
     "cnn": (CNN, lambda: torch.randn(N, 2, 9, 7), ["reduce", (nn.Conv2d, "expand")]),
     "calls": (Calls, lambda: torch.randn(N, 8, E), "reduce"),
+    "queries": (Queries, lambda: torch.randn(N, R, E), "auto"),
     "split_qkv": (
         lambda: asdl_ws_plugin.convert(vit(), split_qkv=True), lambda: torch.randn(N, 3, 16, 16), "reduce"
     ),
