@@ -128,7 +128,8 @@ def convert(
         model: the model.
         split_qkv: treat the blocks of a fused query-key-value layer as layers of their own, which share one A.
             ``True``: the layers called ``qkv``, ``c_attn``, ``Wqkv`` and ``to_qkv`` whose outputs are query, key and
-            value one after the other; or a list of modules, classes or (parts of) names that are to be cut in three.
+            value one after the other, as far as their sizes and the module around them tell; a warning names those
+            that stay one layer. Or a list of modules, classes or (parts of) names that are to be cut in three.
         roles: of the rows that layers of a graph network see, as rules: ``[('edge', 'edge'), (nn.LayerNorm, 'node')]``.
             The ``nn.Linear`` layers among them become :class:`~asdl_ws_plugin.WeightSharingLinear`.
         ignore_modules: leave these alone: modules, classes or parts of names, as ASDL has it.

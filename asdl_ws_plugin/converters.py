@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +18,20 @@ from .rules import matches_any
 
 __all__ = ["register_all"]
 
-logger = logging.getLogger("asdl_ws_plugin")
-
 FUSED_NAMES = ("qkv", "c_attn", "Wqkv", "to_qkv")
+_LOOKS_FUSED = re.compile("qkv|query_key_value|c_attn|w_pack", re.IGNORECASE)
+# Attention whose fused layer has the outputs of the first head first: its queries, keys and values, then the second's.
+_BY_HEADS = {
+    "timm.models.efficientformer.Attention", "timm.models.tiny_vit.Attention",
+    "transformers.models.gpt_bigcode.modeling_gpt_bigcode.GPTBigCodeAttention",
+    "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXAttention",
+    "transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention",
+    "transformers.models.bloom.modeling_bloom.BloomAttention",
+    "transformers.models.falcon.modeling_falcon.FalconAttention",
+    "transformers.models.persimmon.modeling_persimmon.PersimmonAttention",
+    "transformers.models.codegen.modeling_codegen.CodeGenAttention",
+}
+_CONV1D = "transformers.pytorch_utils.Conv1D"
 SKIP_REASON = "_asdl_ws_skip"
 
 
@@ -103,30 +115,89 @@ class _BlocksConverter(Converter):
         return [getattr(module, name) for name in module.__dict__["forward"].names]
 
 
-def _is_split(site: Site, num_outputs: int) -> bool:
+def _is_conv1d(module: nn.Module) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" == _CONV1D for cls in type(module).__mro__)
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """The numbers of inputs and outputs of a layer that may be cut into blocks."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return tuple(weight.shape) if _is_conv1d(module) else None
+
+
+def _why_whole(site: Site, sizes: tuple[int, int], explicit: bool) -> str | None:
+    """Why a layer's outputs are not query, key and value one after the other, as far as one can tell."""
+    inputs, outputs = sizes
+    classes = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(site.parent).__mro__}
+    if getattr(site.parent, "num_key_value_groups", 1) != 1:
+        return "its keys and values have fewer heads than its queries"
+    if getattr(site.parent, "head_first", False) or classes & _BY_HEADS:
+        return "its outputs are ordered by heads, not query, key, value"
+    if outputs % 3:
+        return f"its {outputs} outputs cannot be three blocks of one size"
+    if not explicit and outputs % (3 * inputs):  # keys and values of fewer heads, or no query
+        return f"its {outputs} outputs of {inputs} inputs may be blocks of other sizes than one third"
+    if not explicit and site.attribute not in FUSED_NAMES:
+        return f"'{site.attribute}' does not say how its outputs are ordered"
+    return None
+
+
+def _is_split(site: Site, sizes: tuple[int, int]) -> bool:
     """Whether ``split_qkv`` is for this layer, and can be done."""
     split = site.options.get("split_qkv", False)
     explicit = isinstance(split, Sequence) and matches_any(site.name, site.module, split)
     if not explicit and not (split is True and site.attribute in FUSED_NAMES):
         return False
-    reason = None
-    if getattr(site.parent, "head_first", False):
-        reason = "its outputs are ordered by heads, not query, key, value"
-    elif num_outputs % 3:
-        reason = f"its {num_outputs} outputs cannot be three blocks of one size"
+    reason = _why_whole(site, sizes, explicit)
     if reason is not None and explicit:
         raise site.refuse(f"split_qkv: {reason}.")
-    if reason is not None:
-        logger.info("split_qkv: layer '%s' stays one layer: %s", site.name, reason)
     return reason is None
+
+
+def _warn_of_whole_layers(sites: Sequence[Site]) -> None:
+    """Say which layers ``split_qkv=True`` leaves whole though they look as if they were fused, or that none does."""
+    whole: dict[str, list[str]] = {}
+    split = False
+    for site in sites:
+        sizes = _sizes(site.module)
+        if isinstance(site.module, (LinearBlock, nn.MultiheadAttention)):
+            split = True
+        elif sizes is not None and _LOOKS_FUSED.search(site.attribute):
+            cross = _is_conv1d(site.module) and sizes[1] == 2 * sizes[0]  # GPT-2's keys and values: two blocks
+            reason = None if cross else _why_whole(site, sizes, explicit=False)
+            split = split or reason is None
+            if reason is not None:
+                whole.setdefault(reason, []).append(f"'{site.name}'")
+    parts = [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {reason}"
+        for reason, names in whole.items()
+    ]
+    if parts:
+        warnings.warn(
+            f"split_qkv: left as one layer are {'; '.join(parts)}. If the outputs of one are query, key and value one "
+            f"after the other, name it, as in split_qkv=[{whole[next(iter(whole))][0]}].",
+            stacklevel=4,
+        )
+    elif not split:
+        warnings.warn(
+            f"split_qkv: nothing was split. No layer is called {', '.join(FUSED_NAMES[:-1])} or {FUSED_NAMES[-1]}; "
+            "name those that are fused, as in split_qkv=['in_proj'].",
+            stacklevel=4,
+        )
 
 
 class LinearConverter(_BlocksConverter):
     """A fused query-key-value ``nn.Linear`` is cut in three where ``split_qkv`` says so."""
 
+    def check(self, sites: Sequence[Site]) -> None:
+        if sites and sites[0].options.get("split_qkv") is True:
+            _warn_of_whole_layers(sites)
+
     def names(self, site: Site) -> tuple[str, ...]:
         module: Any = site.module
-        if isinstance(module, LinearBlock) or not _is_split(site, module.out_features):
+        if isinstance(module, LinearBlock) or not _is_split(site, (module.in_features, module.out_features)):
             return ()
         if type(module).forward is not nn.Linear.forward and type(module).__module__ != "timm.layers.linear":
             raise site.refuse("split_qkv: it is a subclass of nn.Linear with a forward of its own.")
@@ -144,7 +215,7 @@ class Conv1DConverter(_BlocksConverter):
         split = site.options.get("split_qkv", False)
         if split is True and site.attribute in FUSED_NAMES and outputs == 2 * inputs:  # cross-attention
             return ("k", "v")
-        return ("q", "k", "v") if _is_split(site, outputs) else ("linear",)
+        return ("q", "k", "v") if _is_split(site, (inputs, outputs)) else ("linear",)
 
 
 class RoutedConverter(Converter):
@@ -214,7 +285,7 @@ def register_all() -> None:
     register_converter(nn.MultiheadAttention, AttentionConverter())
     register_converter(nn.TransformerEncoder, EncoderConverter())
     register_converter(nn.Linear, LinearConverter())
-    register_converter("transformers.pytorch_utils.Conv1D", Conv1DConverter())
+    register_converter(_CONV1D, Conv1DConverter())
     swin = "torchvision.models.swin_transformer"
     register_converter(f"{swin}.ShiftedWindowAttention", RoutedConverter(("qkv", "proj")))
     register_converter(f"{swin}.ShiftedWindowAttentionV2", RoutedConverter(("qkv", "proj"), ("cpb_mlp",)))

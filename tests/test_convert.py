@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +46,7 @@ def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("split", [False, True], ids=["fused", "split"])
 @pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.filterwarnings("ignore:split_qkv:UserWarning")  # where there is nothing to split
 def test_nothing_changes_but_what_hooks_see(name: str, split: bool) -> None:
     case, original = zoo.ZOO[name], zoo.make(name)
     model = copy.deepcopy(original)
@@ -86,6 +87,7 @@ def test_nothing_changes_but_what_hooks_see(name: str, split: bool) -> None:
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
+@pytest.mark.filterwarnings("ignore:split_qkv:UserWarning")
 def test_every_matrix_is_seen_or_accounted_for(name: str) -> None:
     """The matrices that are not preconditioned: embeddings (also as an output layer), grouped convolutions, tables."""
     case, model = zoo.ZOO[name], convert(zoo.make(name), split_qkv=True)
@@ -110,7 +112,8 @@ def test_every_matrix_is_seen_or_accounted_for(name: str) -> None:
 
 @pytest.mark.parametrize("setting", ["expand", "reduce"])
 @pytest.mark.parametrize("name", [n for n in zoo.ZOO if n not in ("torchvision swin", "timm swin")])
-@pytest.mark.filterwarnings("ignore:.*batch_first.*:UserWarning", "ignore:.*was not called.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*batch_first.*:UserWarning", "ignore:.*was not called.*:UserWarning",
+                            "ignore:split_qkv:UserWarning")
 def test_a_step_of_kfac(name: str, setting: str) -> None:
     model = convert(zoo.make(name).eval(), split_qkv=True)
     grouped = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
@@ -291,22 +294,82 @@ def test_separate_layers_of_one_input_keep_inverses_of_their_own() -> None:
     assert models[0].q.fisher.kron.A is not models[0].v.fisher.kron.A
 
 
-def test_split_qkv_by_name_and_what_it_leaves_alone(caplog: pytest.LogCaptureFixture) -> None:
+def blocks(model: nn.Module) -> set[str]:
+    return {n.rpartition(".")[0] for n, m in model.named_modules() if isinstance(m, LinearBlock)}
+
+
+def test_split_qkv_by_name_and_what_it_leaves_alone() -> None:
     model = convert(vit(), split_qkv=["blocks.1.attn.qkv"])
-    assert not list(model.blocks[0].attn.qkv.children()) and len(list(model.blocks[1].attn.qkv.children())) == 3
+    assert blocks(model) == {"blocks.1.attn.qkv"}
     assert [type(m) for m in revert(model).modules()] == [type(m) for m in vit().modules()]
     with pytest.raises(ValueError, match="'nothing' matches no module"):
         convert(model, split_qkv=["nothing"])
     with pytest.raises(ValueError, match=r"'head'.*5 outputs cannot be three blocks"):
         convert(model, split_qkv=["head"])
-    maxvit = zoo.make("timm maxvit")
-    with caplog.at_level(logging.INFO, logger="asdl_ws_plugin"):
-        convert(maxvit, split_qkv=True)
-    assert "ordered by heads" in caplog.text
-    assert not any(isinstance(m, LinearBlock) for m in maxvit.modules())
     for bad in ("qkv", 3):
         with pytest.raises(TypeError, match="split_qkv"):
             convert(vit(), split_qkv=bad)
+
+
+class Fused(nn.Module):
+    """An attention's fused layer, or what is called like one."""
+
+    def __init__(self, name: str, outputs: int) -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(12, outputs))
+
+
+@pytest.mark.parametrize(("name", "outputs", "match"), [
+    ("qkv", 24, "24 outputs of 12 inputs"),  # keys and values of all heads, as GCViT's
+    ("c_attn", 18, "18 outputs of 12 inputs"),  # keys and values of one head of four
+    ("query_key_value", 36, "'query_key_value' does not say.*name it, as in split_qkv=..layer.query_key_value"),
+    ("qkv_proj", 36, "'qkv_proj' does not say"),
+    ("project", 36, "nothing was split"),
+])
+def test_split_qkv_says_what_stays_one_layer(name: str, outputs: int, match: str) -> None:
+    model = nn.ModuleDict({"layer": Fused(name, outputs)})
+    with pytest.warns(UserWarning, match=match):
+        convert(model, split_qkv=True)
+    assert not blocks(model)
+    assert blocks(convert(model, split_qkv=[f"layer.{name}"])) == {f"layer.{name}"}
+    revert(model)
+    model["other"] = Fused("qkv", 72)  # twice as wide as its input, as between the stages of a hierarchy
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert(model, split_qkv=True)
+        convert(model, split_qkv=True)  # what is split already is not missing
+    assert blocks(model) == {"other.qkv"} and len(caught) == (0 if name == "project" else 2)
+
+
+def _gpt_bigcode(multi_query: bool) -> nn.Module:
+    import transformers
+
+    return transformers.GPTBigCodeForCausalLM(transformers.GPTBigCodeConfig(
+        vocab_size=30, n_embd=24, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1,
+        multi_query=multi_query,
+    ))
+
+
+def _tiny_vit() -> nn.Module:
+    from timm.models.tiny_vit import TinyVit
+
+    return TinyVit(
+        num_classes=5, embed_dims=(16, 32, 32, 32), depths=(1,) * 4, num_heads=(2,) * 4, window_sizes=(4,) * 4
+    )
+
+
+@pytest.mark.parametrize(("make", "name", "match"), [
+    (lambda: zoo.make("timm maxvit"), "qkv", "ordered by heads"), (_tiny_vit, "qkv", "ordered by heads"),
+    (lambda: _gpt_bigcode(False), "c_attn", "ordered by heads"), (lambda: _gpt_bigcode(True), "c_attn", "fewer heads"),
+])
+def test_split_qkv_does_not_cut_across_heads(make: Callable[[], nn.Module], name: str, match: str) -> None:
+    """These models' fused layers have names that say nothing of their order: thirds would not be q, k and v."""
+    model = make()
+    with pytest.warns(UserWarning, match=match):
+        convert(model, split_qkv=True)
+    assert not any(n.endswith(name) for n in blocks(model))
+    with pytest.raises(ValueError, match=match):
+        convert(make(), split_qkv=[name])
 
 
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "beit_base_patch16_224"])
