@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
-    "BlocksForward", "LinearBlock", "blocks_of", "call_block", "has_blocks", "input_group", "is_trainable",
+    "BlocksForward", "LinearBlock", "blocks_of", "call_block", "has_blocks", "input_group", "is_trainable", "lent_to",
     "parameters_of", "weight_key",
 ]
 
@@ -196,8 +196,13 @@ def is_trainable(module: nn.Module) -> bool:
     return any(p is not None and p.requires_grad for p in both)
 
 
+def lent_to(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a layer uses as its own and the module around it holds, as a converted ``GCNConv`` its bias."""
+    return [p for p in (module.__dict__.get("bias"),) if isinstance(p, nn.Parameter)]
+
+
 def parameters_of(module: nn.Module) -> list[nn.Parameter]:
-    """A layer's own weight and bias; a :class:`LinearBlock`'s views, which ``parameters()`` does not list."""
+    """A layer's weight and bias, with what ``parameters()`` does not list: views, and what was lent to it."""
     if isinstance(module, LinearBlock):
         return [p for p in (module.weight, module.bias) if p is not None]
-    return list(module.parameters(recurse=False))
+    return [*module.parameters(recurse=False), *lent_to(module)]

@@ -21,7 +21,7 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from ._warn import warn
-from .blocks import LinearBlock, has_blocks, parameters_of
+from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
 from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch, check_setup
 from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondition_bias, share_inverses
@@ -275,14 +275,14 @@ class WeightSharing(NaturalGradientMaker):
         gather = NaturalGradientMaker.all_gather_or_reduce_grad
         getattr(gather, "__wrapped__", gather)(self)  # its NVTX decorator fails on builds of torch without it
         # The gradients of blocks are views, and their modules have no Parameters: upstream neither finds nor sets them.
+        # Nor does it find a bias that is lent to a layer.
         for enum_shape, shape in enumerate(_module_level_shapes):
             for enum_module, module in enumerate(self.modules_for(shape)):
-                if isinstance(module, LinearBlock):
-                    for p in parameters_of(module):
-                        if p.requires_grad and p.grad is not None:
-                            grad = p.grad.contiguous()
-                            dist.broadcast(grad, self.partitions[enum_shape][enum_module], group=self.sync_group)
-                            p.grad.copy_(grad)
+                for p in parameters_of(module) if isinstance(module, LinearBlock) else lent_to(module):
+                    if p.requires_grad and p.grad is not None:
+                        grad = p.grad.contiguous()
+                        dist.broadcast(grad, self.partitions[enum_shape][enum_module], group=self.sync_group)
+                        p.grad.copy_(grad)
 
     def computational_cost(self, shape: str, module: nn.Module) -> float:
         """Upstream's estimate, without its assertion on the class's name."""

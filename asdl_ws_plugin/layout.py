@@ -137,14 +137,13 @@ class LayoutBook:
             if len(roles[role]) != num_rows:
                 raise ValueError(
                     f"Layer '{name}': its input has {num_rows} rows, but its role '{role}' has {len(roles[role])}. "
-                    "Are the segments those of an earlier batch?"
+                    f"{_other_rows(name)}"
                 )
             return roles[role]
         fitting = [role for role, part in roles.items() if len(part) == num_rows]
         if not fitting:
             raise ValueError(
-                f"Layer '{name}': its input has {num_rows} rows, but there are {known}. Are the segments those of an "
-                "earlier batch?"
+                f"Layer '{name}': its input has {num_rows} rows, but there are {known}. {_other_rows(name)}"
             )
         if any(not roles[fitting[0]].equals(roles[role]) for role in fitting[1:]):
             raise ValueError(
@@ -196,6 +195,14 @@ class LayoutBook:
                 f"{num_examples} examples. If examples have different numbers of rows, as graphs do, use segments or "
                 f"attach_segments; if not, the rule ('{name}', 'batch_first') in shared_dim silences this.",
             )
+
+
+def _other_rows(name: str) -> str:
+    return (
+        "If the segments are those of an earlier batch, give this one's; if these are rows of another kind, as edges "
+        "with self-loops are, give the index of their examples as a role of its own; or leave the layer to the "
+        f"first-order optimizer with ignore_modules=['{name}']."
+    )
 
 
 def _remedy(name: str, shape: Sequence[int] = (0, 0)) -> str:

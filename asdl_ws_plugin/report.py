@@ -19,7 +19,7 @@ from asdl.matrices import SHAPE_KRON, SHAPE_UNIT_WISE
 from torch import nn
 
 from .batch import Batch
-from .blocks import LinearBlock, blocks_of, input_group, parameters_of
+from .blocks import LinearBlock, blocks_of, input_group, lent_to, parameters_of
 from .capture import Layer, Record
 from .convert import convertible
 from .factors import accumulation_dtype
@@ -279,6 +279,7 @@ class _Builder:
 
     def _row(self, name: str, module: nn.Module) -> Row | None:
         owned = {id(p) for block in blocks_of(module) for p in (block.owned("weight"), block.owned("bias"))}
+        owned |= {id(p) for child in module.children() for p in lent_to(child)}
         parameters = [p for p in parameters_of(module) if id(p) not in owned]
         if not parameters:
             return None

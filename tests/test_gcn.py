@@ -18,7 +18,7 @@ from helpers import CE, MSE, assert_equal, covariance, loss_hessians, rel_error
 from torch import Tensor, nn
 
 import asdl_ws_plugin
-from asdl_ws_plugin import Segments, WeightSharingLinear, attach_segments, convert, revert, segments
+from asdl_ws_plugin import Segments, WeightSharingLinear, attach_segments, convert, inspect, revert, segments
 
 pyg = pytest.importorskip("torch_geometric", reason="PyTorch Geometric is not installed")
 from torch_geometric import nn as gnn  # noqa: E402
@@ -332,6 +332,14 @@ def test_the_bias_is_preconditioned_with_its_layer():
         kron = conv.lin.fisher.kron
         assert_equal(conv.bias.grad, kron.B_inv @ bias)
         assert_equal(conv.lin.weight.grad, kron.B_inv @ weight @ kron.A_inv)
+
+
+def test_the_bias_is_reported_with_its_layer():
+    report = inspect(convert(GCN([4, 5, C], nn.Tanh())), torch.randn(NODES, 4), EDGES)
+    assert {row.name: (row.num_parameters, row.num_seen, row.note) for row in report.rows} == {
+        "convs.0.lin": (4 * 5 + 5, 4 * 5 + 5, ""), "convs.1.lin": (5 * C + C, 5 * C + C, ""),
+    }
+    assert report.coverage == 1.0
 
 
 # --------------------------------------------------------------------------------------------------------------- roles

@@ -92,7 +92,7 @@ class Queries(nn.Module):
         self.q, self.k, self.v, self.head = nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, E), nn.Linear(E, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        queries = self.queries.expand(len(x), -1, -1)
+        queries = torch.zeros(len(x), 1, 1) + self.queries
         return self.head(F.scaled_dot_product_attention(self.q(queries), self.k(x), self.v(x)))
 
 
