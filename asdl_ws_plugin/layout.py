@@ -199,9 +199,9 @@ class LayoutBook:
 
 def _other_rows(name: str) -> str:
     return (
-        "If the segments are those of an earlier batch, give this one's; if these are rows of another kind, as edges "
-        "with self-loops are, give the index of their examples as a role of its own; or leave the layer to the "
-        f"first-order optimizer with ignore_modules=['{name}']."
+        "Are the segments those of an earlier batch? If these are rows of another kind, as edges with self-loops are, "
+        "give the index of their examples as a role of its own, or leave the layer to the first-order optimizer with "
+        f"ignore_modules=['{name}']."
     )
 
 
