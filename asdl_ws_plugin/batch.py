@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from . import factors
-from .blocks import input_group
+from .blocks import LinearBlock, input_group, lent_to
 from .capture import Call, Layer, Record, last_nodes
 from .layout import examples_first
 from .operations import LinearExpand, LinearReduce
@@ -111,6 +111,12 @@ class Batch:
         if self.fvp:
             if layer.shape not in (SHAPE_FULL, SHAPE_LAYER_WISE):
                 raise ValueError(f"Fisher-vector products are for 'full' and 'layer_wise', not '{layer.shape}'.")
+            if isinstance(layer.module, LinearBlock) or lent_to(layer.module):
+                raise ValueError(
+                    f"Layer '{layer.name}': there are no Fisher-vector products for a layer whose weight or bias is "
+                    "another module's, as convert(model) makes them: a vector has one part for each Parameter. Use "
+                    f"revert(model), or leave the layer out with ignore_modules=['{layer.name}']."
+                )
             name = OP_CVP if layer.shape == SHAPE_LAYER_WISE else name
         operation_class = self.plan.operation_of(layer)
         if name not in operation_class.supported_operations:

@@ -8,6 +8,8 @@ import asdl
 import pytest
 import torch
 import torch.nn.functional as F
+from asdl.fisher import FisherConfig, get_fisher_maker
+from asdl.vector import ParamVector
 from helpers import (
     CE,
     SelfAttention,
@@ -20,6 +22,8 @@ from helpers import (
     rel_error,
 )
 from torch import Tensor, nn
+
+from asdl_ws_plugin import convert
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -467,3 +471,49 @@ def test_several_shapes_in_one_model():
     grads = grads_of(model, "head", x, target)
     assert_equal(preconditioned["head"], damped_solve(grads.T @ grads / N, raw["head"]))
     assert model.conv2.fisher.has_kron and rel_error(preconditioned["conv2"], raw["conv2"]) > 0.1
+
+
+# ------------------------------------------------------------------------------------------ Fisher-vector products
+
+
+class Pooled(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.head = attention, nn.Linear(4, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize("shape", ["full", "layer_wise"])
+def test_fisher_vector_products(shape: str) -> None:
+    model = Tokenwise(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, C), pool=True)
+    x, y = torch.randn(N, 6, 3), torch.randint(C, (N,))
+    params = list(model.parameters())
+    vector = ParamVector(params, [torch.randn_like(p) for p in params])
+    maker = fisher_vector_products(model, x, y, shape, vector)
+    grads = [torch.autograd.grad(F.cross_entropy(model(x[i:i + 1]), y[i:i + 1]), params) for i in range(N)]
+    layers = [[0, 1], [2, 3]] if shape == "layer_wise" else [[0, 1, 2, 3]]
+    found = maker.load_fvp(shape).vectors
+    for layer in layers:
+        products = [sum((g[k] * vector.vectors[params[k]]).sum() for k in layer) for g in grads]
+        for k in layer:
+            assert_equal(found[params[k]], sum(s * g[k] for s, g in zip(products, grads, strict=True)) / N)
+
+
+def fisher_vector_products(model: nn.Module, x: Tensor, y: Tensor, shape: str, vector: ParamVector) -> Any:
+    config = FisherConfig("fisher_emp", [shape], loss_type=CE, data_size=N, shared_dim="reduce")
+    maker = get_fisher_maker(model, config)
+    maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+    maker.forward_and_backward(fvp=True, vec=vector)
+    return maker
+
+
+@pytest.mark.parametrize("shape", ["full", "layer_wise"])
+def test_fisher_vector_products_of_blocks_are_refused(shape: str) -> None:
+    """A vector's parts are whole Parameters, in the order of ``parameters()``, which is not that of the blocks."""
+    model = convert(Pooled(nn.MultiheadAttention(4, 2, batch_first=True)))
+    params = list(model.parameters())
+    vector = ParamVector(params, [torch.randn_like(p) for p in params])
+    with pytest.raises(ValueError, match=r"'attention.q_proj': there are no Fisher-vector products.*revert\(model\)"):
+        fisher_vector_products(model, torch.randn(N, 6, 4), torch.randint(C, (N,)), shape, vector)
