@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,12 +43,17 @@ def load_model(spec: str) -> nn.Module:
         return _from_library(source, name)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    found: Any = None
     try:
-        found: Any = importlib.import_module(source)
+        found = importlib.import_module(source)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise _Invalid(f"There is no '{name}' in '{source}': {error}.") from error
+    except ImportError as error:
+        close = _close(source, ["timm", "torchvision"])
+        raise _Invalid(f"There is no '{name}' in '{source}': {error}.{close}") from error
+    except AttributeError as error:
+        close = _close(part, (known for known in dir(found) if not known.startswith("_")))
+        raise _Invalid(f"There is no '{name}' in '{source}': {error}.{close}") from error
     model = found if isinstance(found, nn.Module) else found() if callable(found) else found
     if not isinstance(model, nn.Module):
         raise _Invalid(f"'{spec}' is {type(model).__name__}, not a torch.nn.Module or a function that makes one.")
@@ -62,14 +68,19 @@ def _from_library(library: str, name: str) -> nn.Module:
         raise _Invalid(f"{library} is not installed: pip install {library} ({error})") from error
     if library == "timm":
         if not package.is_model(name):
-            close = ", ".join(package.list_models(f"*{name.split('_')[0]}*")[:8])
-            raise _Invalid(f"timm has no model '{name}'." + (f" It has {close}, ..." if close else ""))
+            raise _Invalid(f"timm has no model '{name}'.{_close(name, package.list_models())}")
         return package.create_model(name, pretrained=False)
     models = importlib.import_module("torchvision.models")
     if name not in models.list_models():
-        close = ", ".join(known for known in models.list_models() if known.startswith(name.split("_")[0]))
-        raise _Invalid(f"torchvision has no model '{name}'." + (f" It has {close}." if close else ""))
+        raise _Invalid(f"torchvision has no model '{name}'.{_close(name, models.list_models())}")
     return models.get_model(name, weights=None)
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean a, b or c?``, of the known names that are like this one; empty if there are none."""
+    close = difflib.get_close_matches(name, list(known), n=5)
+    listed = " or ".join([", ".join(close[:-1]), close[-1]] if len(close) > 1 else close)
+    return f" Did you mean {listed}?" if close else ""
 
 
 def make_input(spec: str) -> tuple[str | None, Tensor]:

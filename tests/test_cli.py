@@ -122,9 +122,13 @@ def test_shared_dim():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["timm:vit_tinny", "--input", "2,3"], "timm has no model 'vit_tinny'. It has .*vit_"),
-        (["torchvision:resnet17", "--input", "2,3"], "torchvision has no model 'resnet17'."),
-        (["torchvision:resnet18_x", "--input", "2,3"], "torchvision has no model"),
+        (["timm:vit_tny_patch16_224", "--input", "2,3"], "no model .vit_tny_patch16_224.. Did you mean vit_tiny_"),
+        (["torchvision:resnet19", "--input", "2,3"], "torchvision has no model 'resnet19'. Did you mean .*resnet18"),
+        (["torchvision:vitb16", "--input", "2,3"], r"torchvision has no model 'vitb16'. Did you mean vit_b_16.*\?$"),
+        (["torchvision:xyz", "--input", "2,3"], r"torchvision has no model 'xyz'\.$"),
+        (["tim:vit_tiny", "--input", "2,3"], r"No module named 'tim'. Did you mean timm\?$"),
+        (["cli_test_models:Holdr.model", "--input", "2,3"], r"no 'Holdr.model'.* Did you mean Holder\?$"),
+        (["cli_test_models:Holder.modle", "--input", "2,3"], r"no 'Holder.modle'.* Did you mean model\?$"),
         (["vit_tiny", "--input", "2,3"], "has to be timm:NAME"),
         (["no_such_module:model", "--input", "2,3"], "no 'model' in 'no_such_module'"),
         (["cli_test_models:missing", "--input", "2,3"], "no 'missing' in 'cli_test_models'"),
