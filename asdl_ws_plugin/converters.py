@@ -127,6 +127,12 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     return tuple(weight.shape) if _is_conv1d(module) else None
 
 
+def _takes(parent: nn.Module | None, inputs: int) -> bool:
+    """Whether one of a module's layers, as the projection of an attention's output, has that many inputs."""
+    layers = [] if parent is None else [sizes for module in parent.modules() if (sizes := _sizes(module)) is not None]
+    return any(sizes[0] == inputs for sizes in layers)
+
+
 def _why_whole(site: Site, sizes: tuple[int, int], explicit: bool) -> str | None:
     """Why a layer's outputs are not query, key and value one after the other, as far as one can tell."""
     inputs, outputs = sizes
@@ -137,7 +143,8 @@ def _why_whole(site: Site, sizes: tuple[int, int], explicit: bool) -> str | None
         return "its outputs are ordered by heads, not query, key, value"
     if outputs % 3:
         return f"its {outputs} outputs cannot be three blocks of one size"
-    if not explicit and outputs % (3 * inputs):  # keys and values of fewer heads, or no query
+    # Not so where keys and values have fewer heads, or where there is no query.
+    if not explicit and outputs % (3 * inputs) and not _takes(site.parent, outputs // 3):
         return f"its {outputs} outputs of {inputs} inputs may be blocks of other sizes than one third"
     if not explicit and site.attribute not in FUSED_NAMES:
         return f"'{site.attribute}' does not say how its outputs are ordered"
@@ -182,8 +189,8 @@ def _warn_of_whole_layers(sites: Sequence[Site]) -> None:
         )
     elif not split:
         warnings.warn(
-            f"split_qkv: nothing was split. No layer is called {', '.join(FUSED_NAMES[:-1])} or {FUSED_NAMES[-1]}; "
-            "name those that are fused, as in split_qkv=['in_proj'].",
+            f"split_qkv: nothing was split. No linear layer is called {', '.join(FUSED_NAMES[:-1])} or {FUSED_NAMES[-1]}; "
+            "name those that are fused, as in split_qkv=['attention.project'].",
             stacklevel=4,
         )
 

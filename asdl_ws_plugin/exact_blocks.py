@@ -105,8 +105,8 @@ class ExactBlock:
                     cosines[name] = F.cosine_similarity(preconditioned, best, dim=0, eps=0.0).item()
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(
-                f"Layer '{self.layer.name}': a matrix plus damping {damping} is not positive definite. Increase damping, "
-                f"or use the model in double precision. ({error})"
+                f"Layer '{self.layer.name}': a matrix plus damping {damping} is not positive definite. Increase "
+                f"damping, or use the model in double precision. ({error})"
             ) from error
         return errors, cosines
 

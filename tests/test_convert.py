@@ -334,11 +334,13 @@ def test_split_qkv_says_what_stays_one_layer(name: str, outputs: int, match: str
     assert blocks(convert(model, split_qkv=[f"layer.{name}"])) == {f"layer.{name}"}
     revert(model)
     model["other"] = Fused("qkv", 72)  # twice as wide as its input, as between the stages of a hierarchy
+    model["wide"] = Fused("to_qkv", 60)
+    model["wide"].add_module("to_out", nn.Sequential(nn.Linear(20, 12)))  # which takes heads of one third's size
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         convert(model, split_qkv=True)
         convert(model, split_qkv=True)  # what is split already is not missing
-    assert blocks(model) == {"other.qkv"} and len(caught) == (0 if name == "project" else 2)
+    assert blocks(model) == {"other.qkv", "wide.to_qkv"} and len(caught) == (0 if name == "project" else 2)
 
 
 def _gpt_bigcode(multi_query: bool) -> nn.Module:
