@@ -189,8 +189,8 @@ def _warn_of_whole_layers(sites: Sequence[Site]) -> None:
         )
     elif not split:
         warnings.warn(
-            f"split_qkv: nothing was split. No linear layer is called {', '.join(FUSED_NAMES[:-1])} or {FUSED_NAMES[-1]}; "
-            "name those that are fused, as in split_qkv=['attention.project'].",
+            f"split_qkv: nothing was split. No linear layer is called {', '.join(FUSED_NAMES[:-1])} or "
+            f"{FUSED_NAMES[-1]}; name those that are fused, as in split_qkv=['attention.project'].",
             stacklevel=4,
         )
 

@@ -107,6 +107,12 @@ class WeightSharingFisherMaker(FisherMaker):
             raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
         _check_data_size(config.data_size)
         check_var(config.var)
+        for name, p in model.named_parameters():
+            if hasattr(p, "device_mesh"):
+                raise ValueError(
+                    f"Parameter '{name}' is a DTensor, as fully_shard makes them: each rank has a part of it, but the "
+                    "curvature is of whole layers. Train with whole copies of the model on every rank instead."
+                )
         self.plan = Plan(
             model, config.fisher_shapes, config.shared_dim, config.ignore_modules,
             kronecker_only=config.fisher_type == FISHER_FORWARD_ONLY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-import asdl_ws_plugin  # noqa: F401
+import asdl_ws_plugin
 
 STEPS = 5
 
@@ -93,3 +94,24 @@ def test_distributed_without_a_moving_average_is_refused() -> None:
         return
     with pytest.raises(NotImplementedError, match="ema_decay"):
         check(maker)
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    """Also those of a converted model, whose forward pass and gradients are right all the same."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
+    model = copy.deepcopy(plain)
+    x = torch.randn(2, 3, 4)
+    plain(x).cos().sum().backward()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
+    try:
+        fully_shard(asdl_ws_plugin.convert(model), mesh=init_device_mesh("cpu", (1,)))
+        model(x).cos().sum().backward()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad)
+        with pytest.raises(ValueError, match=r"'self_attn\.in_proj_weight' is a DTensor"):
+            asdl.KfacGradientMaker(model, asdl.PreconditioningConfig(damping=1e-2, ema_decay=0.3), shared_dim="reduce")
+    finally:
+        dist.destroy_process_group()
