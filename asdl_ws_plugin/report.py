@@ -224,6 +224,8 @@ class _Builder:
         self.embeddings = {
             id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         }
+        layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+        self.weights = {id(module._parameters.get("weight")) for module in layers}
         self.covered: dict[int, int] = {}
         self.failed: dict[nn.Module, Exception] = {}
         self.arranged: dict[nn.Module, tuple[str, float]] = {}
@@ -439,6 +441,8 @@ class _Builder:
     def _is_matrix(self, parameter: nn.Parameter) -> bool:
         if parameter.ndim < 2 or id(parameter) in self.embeddings:
             return False
+        if id(parameter) in self.weights:  # also one that is standardized before it is multiplied with
+            return True
         return not self.seen.graph.num_uses(parameter) or self.seen.graph.is_multiplied(parameter)
 
 

@@ -380,6 +380,20 @@ def test_layers_that_are_seen_in_part():
     assert report.num_parameters - report.num_seen == report.num_matrix_parameters - report.num_matrix_seen == 4 * E
 
 
+class StandardizedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean((1, 2, 3), keepdim=True)) / self.weight.std((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_a_weight_that_is_standardized_is_a_matrix_that_is_not_seen():
+    report = inspect(nn.Sequential(StandardizedConv(2, 3, 3), nn.Flatten(), nn.Linear(12, C)), torch.randn(N, 2, 4, 4))
+    row = report.rows[0]
+    assert row.reason == "It is a subclass of Conv2d that computes something else with its weight."
+    assert "ignore_modules=['0']" in row.remedy
+    assert (report.num_matrix_seen, report.num_matrix_parameters) == (12 * C, 12 * C + 54)
+
+
 def test_refusals_of_hooks_are_rows():
     class Strange(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
