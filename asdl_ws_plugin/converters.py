@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from . import gnn
+from ._warn import warn
 from .attention import PROJECTIONS, MultiheadAttention, TransformerEncoder
 from .blocks import BlocksForward, LinearBlock
 from .convert import Converter, Site, register_converter
@@ -182,16 +182,14 @@ def _warn_of_whole_layers(sites: Sequence[Site]) -> None:
         for reason, names in whole.items()
     ]
     if parts:
-        warnings.warn(
+        warn(
             f"split_qkv: left as one layer are {'; '.join(parts)}. If the outputs of one are query, key and value one "
             f"after the other, name it, as in split_qkv=[{whole[next(iter(whole))][0]}].",
-            stacklevel=4,
         )
     elif not split:
-        warnings.warn(
+        warn(
             f"split_qkv: nothing was split. No linear layer is called {', '.join(FUSED_NAMES[:-1])} or "
             f"{FUSED_NAMES[-1]}; name those that are fused, as in split_qkv=['attention.project'].",
-            stacklevel=4,
         )
 
 
