@@ -28,7 +28,15 @@ from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondi
 from .positions import take_own_positions
 from .registry import supported_classes
 from .rules import matches_any
-from .state import check_strategies, curvature_state, load_curvature_state, load_plan_state, plan_state
+from .state import (
+    check_strategies,
+    complete_inverses,
+    curvature_state,
+    load_curvature_state,
+    load_plan_state,
+    plan_state,
+    rank_state,
+)
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -120,6 +128,7 @@ class WeightSharing(NaturalGradientMaker):
         return {
             **super().state_dict(),
             "curvature": curvature_state(self.model, self._fisher_attr),
+            "rank": rank_state(self),
             "weight_sharing": plan_state(self.plan, self.fisher_maker.unseen),
         }
 
@@ -133,6 +142,7 @@ class WeightSharing(NaturalGradientMaker):
         check_strategies(self.plan, state_dict.get("weight_sharing", {}))
         if "curvature" in state_dict:
             load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
+            complete_inverses(self, state_dict)
         if "weight_sharing" in state_dict:
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
         self.state["step"] = state_dict["step"]
@@ -278,10 +288,11 @@ class WeightSharing(NaturalGradientMaker):
         # Nor does it find a bias that is lent to a layer.
         for enum_shape, shape in enumerate(_module_level_shapes):
             for enum_module, module in enumerate(self.modules_for(shape)):
+                owner, ranks = self.partitions[enum_shape][enum_module], self.sync_group_ranks
                 for p in parameters_of(module) if isinstance(module, LinearBlock) else lent_to(module):
                     if p.requires_grad and p.grad is not None:
                         grad = p.grad.contiguous()
-                        dist.broadcast(grad, self.partitions[enum_shape][enum_module], group=self.sync_group)
+                        dist.broadcast(grad, owner if ranks is None else ranks[owner], group=self.sync_group)
                         p.grad.copy_(grad)
 
     def computational_cost(self, shape: str, module: nn.Module) -> float:

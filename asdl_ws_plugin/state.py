@@ -11,9 +11,12 @@ from typing import Any
 from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
-from .matrices import corrected
+from .matrices import corrected, pairs, share_inverses
 
-__all__ = ["check_strategies", "curvature_state", "load_curvature_state", "load_plan_state", "plan_state"]
+__all__ = [
+    "check_strategies", "complete_inverses", "curvature_state", "load_curvature_state", "load_plan_state", "plan_state",
+    "rank_state",
+]
 
 # key in the state -> where it is in a SymMatrix, and how its constructor calls it
 _TENSORS = {
@@ -79,6 +82,32 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
             delattr(module, attr)
     for module, matrix in matrices:
         setattr(module, attr, matrix)
+
+
+def rank_state(maker: Any) -> list[int]:
+    """Whose state it is. With several ranks, each has all factors, but inverses of its own layers only."""
+    return [maker.world_rank, maker.world_size]
+
+
+def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
+    """Invert what the state of another rank has no inverse of, and this rank preconditions with.
+
+    The inverses are those of the factors as they are in the state.
+    """
+    from asdl.precondition.natural_gradient import _module_level_shapes  # imports this module on an ASDL with patches
+
+    if state.get("rank", [0, 1]) == rank_state(maker):
+        return
+    matrices = [
+        (module, matrix)
+        for shape, partition in zip(_module_level_shapes, maker.partitions, strict=True)
+        for module, rank in zip(maker.modules_for(shape), partition, strict=False)
+        if rank == maker.world_rank and (matrix := maker._get_module_fisher(module)) is not None
+    ]
+    share_inverses(matrices)
+    for _, matrix in matrices:
+        if any(inverse is None for _, inverse in pairs(matrix)):
+            matrix.update_inv(maker.config.damping)
 
 
 def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:

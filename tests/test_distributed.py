@@ -32,7 +32,8 @@ class Pooled(nn.Module):
         return self.head(self.norm(torch.tanh(self.first(x + self.position))).mean(1))
 
 
-def train(rank: int, world_size: int, options: dict[str, Any]) -> list[torch.Tensor]:
+def train(rank: int, world_size: int, options: dict[str, Any], resume_at: int | None = None) -> list[torch.Tensor]:
+    """Several steps. With ``resume_at``, every rank goes on there with a new maker that has rank 0's state."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     model = Pooled()
@@ -41,7 +42,13 @@ def train(rank: int, world_size: int, options: dict[str, Any]) -> list[torch.Ten
     )
     maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim="reduce")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step == resume_at:
+            state = [maker.state_dict()]
+            if world_size > 1:
+                dist.broadcast_object_list(state, src=0)
+            maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim="reduce")
+            maker.load_state_dict(state[0])
         x, y = torch.randn(8, 3, 4), torch.randint(0, 3, (8,))
         part = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
         optimizer.zero_grad()
@@ -52,30 +59,33 @@ def train(rank: int, world_size: int, options: dict[str, Any]) -> list[torch.Ten
     return [p.detach().clone() for p in model.parameters()]
 
 
-def _worker(rank: int, file: str, options: dict[str, Any], results: Any) -> None:
+def _worker(rank: int, file: str, options: dict[str, Any], resume_at: int | None, results: Any) -> None:
     # A layer that another rank inverts has no inverse here, and is not one whose curvature is zero.
     warnings.filterwarnings("error", ".*exactly zero")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        results[rank] = [p.numpy() for p in train(rank, 2, options)]
+        results[rank] = [p.numpy() for p in train(rank, 2, options, resume_at)]
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, resume_at",
     [
-        {},
-        {"curvature_upd_interval": 2, "preconditioner_upd_interval": 2},
-        {"curvature_upd_interval": 1, "preconditioner_upd_interval": 3},
+        ({}, None),
+        ({"curvature_upd_interval": 2, "preconditioner_upd_interval": 2}, None),
+        ({"curvature_upd_interval": 1, "preconditioner_upd_interval": 3}, None),
+        ({"curvature_upd_interval": 2, "preconditioner_upd_interval": 2}, 3),
     ],
-    ids=["every step", "every second step", "inverse every third step"],
+    ids=["every step", "every second step", "inverse every third step", "resumed from the state of rank 0"],
 )
-def test_two_ranks_train_like_one_process_on_the_joint_batch(options: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_process_on_the_joint_batch(
+    options: dict[str, Any], resume_at: int | None, tmp_path: Path
+) -> None:
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(_worker, (str(tmp_path / "store"), options, results), nprocs=2)
+        mp.spawn(_worker, (str(tmp_path / "store"), options, resume_at, results), nprocs=2)
         ranks = [[torch.from_numpy(p) for p in results[rank]] for rank in range(2)]
     for joint, first, second in zip(train(0, 1, options), *ranks, strict=True):
         assert torch.equal(first, second)
