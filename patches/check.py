@@ -31,7 +31,9 @@ def run(*command: str, cwd: Path, path: list[Path]) -> None:
     """Run Python with these folders in front of everything. Exits with what it printed if it fails."""
     options = {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **options}
-    done = subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed in {cwd}:\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}")
     if lines := done.stdout.strip().splitlines():
@@ -42,11 +44,19 @@ def run_tests(*arguments: str, cwd: Path, path: list[Path]) -> None:
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *arguments, cwd=cwd, path=path)
 
 
+def apply(tree: Path, patch: Path) -> None:
+    """Apply one patch. Exits with what git said if it fails."""
+    try:
+        series.apply(tree, patch)
+    except RuntimeError as error:
+        sys.exit(f"{patch.name} does not apply:\n{error}")
+
+
 def check_up_to_date(tree: Path) -> None:
     """Exit if the modules that the series adds are not the plugin's own as they are now."""
     series.make_tree(tree)
     for patch in series.patches():
-        series.apply(tree, patch)
+        apply(tree, patch)
     wanted = {name for which in series.ADDED for name in series.added_by(which)}
     found = {file.stem for file in (tree / series.NATIVE).glob("*.py")} - {"__init__"}
     stale = [
@@ -61,9 +71,9 @@ def apply_all(tree: Path) -> None:
     series.make_tree(tree)
     for patch in series.patches():
         print(patch.name, flush=True)
-        series.apply(tree, patch)
+        apply(tree, patch)
         run("-W", "error::FutureWarning", "-c", "import asdl", cwd=tree, path=[tree])
-        run_tests("test", cwd=tree, path=[tree])
+        run_tests("-c", os.devnull, "--rootdir", ".", "test", cwd=tree, path=[tree])  # ASDL has no configuration
 
 
 def compare_dumps(tree: Path, scratch: Path) -> None:
@@ -85,6 +95,7 @@ def main() -> None:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
+        os.environ["TMPDIR"] = folder  # so that what the tests leave goes with it
         check_up_to_date(scratch / "first")
         tree = scratch / "asdl"
         apply_all(tree)

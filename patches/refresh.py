@@ -17,11 +17,11 @@ import series
 
 
 def bring_up_to_date(tree: Path, which: int) -> None:
-    """Add the plugin's modules that belong to a patch to its commit, which is the last one."""
+    """Add the plugin's modules that belong to a patch to its commit, which is the last one. Sets the author, too."""
     for module in series.added_by(which):
         shutil.copyfile(series.PLUGIN / f"{module}.py", tree / series.NATIVE / f"{module}.py")
     series.git(tree, "add", "--all")
-    series.git(tree, "commit", "--quiet", "--amend", "--no-edit", "--allow-empty", "--date", series.DATE)
+    series.git(tree, "commit", "--quiet", "--amend", "--no-edit", "--allow-empty", "--reset-author")
 
 
 def rebuild(tree: Path, patches: list[Path]) -> None:

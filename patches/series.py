@@ -29,11 +29,12 @@ ADDED = {
 }
 
 DATE = "2026-01-01T00:00:00Z"
-IDENTITY = {
+# The author, and a git that does what it does everywhere.
+ENVIRONMENT = {
     "GIT_AUTHOR_NAME": "asdl-ws-plugin", "GIT_AUTHOR_EMAIL": "asdl-ws-plugin@users.noreply.github.com",
     "GIT_COMMITTER_NAME": "asdl-ws-plugin", "GIT_COMMITTER_EMAIL": "asdl-ws-plugin@users.noreply.github.com",
     "GIT_AUTHOR_DATE": DATE, "GIT_COMMITTER_DATE": DATE,
-    "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null",
+    "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "LC_ALL": "C",
 }
 
 
@@ -48,10 +49,12 @@ def number(patch: Path) -> int:
 
 def git(tree: Path, *arguments: str) -> str:
     """Run git in the scratch tree. Raises a RuntimeError that shows what git said if it fails."""
-    environment = {**os.environ, **IDENTITY}
-    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):  # git sets them for hooks of the outer repository
-        environment.pop(name, None)
-    done = subprocess.run(["git", *arguments], cwd=tree, env=environment, capture_output=True, text=True)
+    # git sets some for hooks and aliases of an outer repository, others are the user's: GIT_DIR, GIT_CONFIG_COUNT, ...
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", *arguments], cwd=tree, env={**environment, **ENVIRONMENT}, capture_output=True, encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode:
         raise RuntimeError(f"git {' '.join(arguments)}:\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -84,7 +87,7 @@ def apply(tree: Path, patch: Path) -> None:
 def imports_of(module: str) -> list[str]:
     """The plugin's modules that one of them imports, at the top or inside of a function."""
     names: list[str] = []
-    for node in ast.walk(ast.parse((PLUGIN / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse((PLUGIN / f"{module}.py").read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             names += [node.module] if node.module else [alias.name for alias in node.names]
     return [name for name in dict.fromkeys(names) if (PLUGIN / f"{name}.py").exists()]

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "patches"))
 import refresh  # noqa: E402
 import series  # noqa: E402
 
+AUTHOR = "{GIT_AUTHOR_NAME} <{GIT_AUTHOR_EMAIL}>".format_map(series.ENVIRONMENT)
 SUBJECTS = ["core", "core", "utils", "fisher", "natural_gradient", "operations", "natural_gradient", "test"]
 
 
@@ -32,8 +33,9 @@ def tree(tmp_path_factory):
 def test_there_is_a_patch_for_every_subject():
     assert [series.number(patch) for patch in series.patches()] == list(range(1, len(SUBJECTS) + 1))
     for patch, subject in zip(series.patches(), SUBJECTS, strict=True):
-        text = patch.read_text()
+        text = patch.read_text(encoding="utf-8")
         assert re.search(rf"^Subject: \[PATCH \d/8\] {subject}: ", text, re.MULTILINE), patch.name
+        assert f"\nFrom: {AUTHOR}\n" in text, patch.name
         message = text.split("\n---\n")[0]
         for part in ("What was wrong.", "How to see it.", "What changes."):
             assert part in message or patch.name.startswith("0008"), (patch.name, part)
@@ -65,7 +67,24 @@ def test_patches_are_exported_as_refresh_does(tree, tmp_path):
     """Nothing was edited by hand: the same commits give the same files."""
     for exported, patch in zip(refresh.export(tree, tmp_path), series.patches(), strict=True):
         assert exported.name == patch.name
-        assert exported.read_text() == patch.read_text(), patch.name
+        assert exported.read_text(encoding="utf-8") == patch.read_text(encoding="utf-8"), patch.name
+
+
+def test_nothing_depends_on_how_git_is_configured(tmp_path, monkeypatch):
+    """Nor on what git sets for a hook or an alias of an outer repository."""
+    settings = {"commit.gpgsign": "true", "tag.gpgsign": "true", "core.autocrlf": "true", "core.hooksPath": "/nowhere",
+                "user.useConfigOnly": "true", "diff.noprefix": "true", "format.signOff": "true"}
+    monkeypatch.setenv("GIT_CONFIG_COUNT", str(len(settings)))
+    for i, (key, value) in enumerate(settings.items()):
+        monkeypatch.setenv(f"GIT_CONFIG_KEY_{i}", key)
+        monkeypatch.setenv(f"GIT_CONFIG_VALUE_{i}", value)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "nowhere"))
+    tree = tmp_path / "with space" / "tree"
+    refresh.rebuild(tree, series.patches()[:2])
+    for exported, patch in zip(refresh.export(tree, tmp_path), series.patches(), strict=False):
+        assert exported.name == patch.name
+    assert series.git(tree, "log", "--format=%an").split() == [series.ENVIRONMENT["GIT_AUTHOR_NAME"]] * 3
 
 
 def test_context_that_differs_is_an_error(tmp_path):
