@@ -337,8 +337,8 @@ def exact_output_grads(
 ) -> Iterator[Tensor]:
     """The columns of the loss Hessians' square roots, one position at a time.
 
-    Terms at different positions of an example must not be back-propagated together, or their products would count
-   ; terms of different examples may.
+    Terms at different positions of an example must not be back-propagated together, or their products would count;
+    terms of different examples may.
 
     Args:
         position: the position of each term within its example, shape ``(rows,)``.
