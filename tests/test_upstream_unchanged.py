@@ -46,7 +46,8 @@ def tensors_of(matrix, prefix):
         if isinstance(value, torch.Tensor):
             yield f"{prefix}.{name}", value.detach().clone()
         elif isinstance(value, tuple):
-            yield from ((f"{prefix}.{name}.{i}", v.detach().clone()) for i, v in enumerate(value))
+            yield from ((f"{prefix}.{name}.{i}", v.detach().clone()) for i, v in enumerate(value)
+                        if isinstance(v, torch.Tensor))
         elif value is not None and hasattr(value, "__dict__"):
             yield from tensors_of(value, f"{prefix}.{name}")
 
