@@ -27,7 +27,8 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether anybody wants to see this module's calls."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or torch_module._has_any_global_hook()
+        or torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
     )
 
 

@@ -272,13 +272,17 @@ class WeightSharing(NaturalGradientMaker):
         if _KEEPS_RANKS_IN_STEP:
             super().reduce_scatter_curvature(kron, diag, with_grad=False)
             return
+        # Not ReduceOp.AVG, which MPI does not have, nor Gloo in older releases of PyTorch.
         for tensor in self.get_fisher_from_model():
-            dist.all_reduce(tensor, op=dist.ReduceOp.AVG, group=self.sync_group)
+            dist.all_reduce(tensor.div_(dist.get_world_size(self.sync_group)), group=self.sync_group)
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
         if self.world_size > 1 and not _KEEPS_RANKS_IN_STEP:
-            self._all_reduce_grad(self.model, op=dist.ReduceOp.AVG)
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    p.grad.div_(dist.get_world_size(self.sync_group))
+            self._all_reduce_grad(self.model)
         super().precondition(*args, **kwargs)
 
     def all_gather_or_reduce_grad(self) -> None:
