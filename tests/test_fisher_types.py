@@ -381,5 +381,5 @@ def test_the_second_backward_pass_computes_no_weight_gradients(fisher_type: str)
 
 def test_covariances_have_to_be_positive_definite():
     model, x = SelfAttention(), torch.randn(N, R, 4)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="var has to be symmetric and positive definite"):
         computed_fisher(model, x, "expand", loss_type=MSE, var=-covariance(C))
