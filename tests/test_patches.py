@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ import refresh  # noqa: E402
 import series  # noqa: E402
 
 AUTHOR = "{GIT_AUTHOR_NAME} <{GIT_AUTHOR_EMAIL}>".format_map(series.ENVIRONMENT)
+pytestmark = pytest.mark.skipif(
+    metadata.version("asdfghjkl") != series.VERSION, reason=f"the patches are for asdfghjkl {series.VERSION}"
+)
+
 SUBJECTS = ["core", "core", "utils", "fisher", "natural_gradient", "operations", "natural_gradient", "test"]
 
 
