@@ -159,6 +159,7 @@ def _the_one(loss: Tensor, observations: list[Observation], logits: Tensor) -> O
 
 def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> LossTerms:
     arguments, x = observed.arguments, observed.input
+    dtype = accumulation_dtype(x.dtype)  # of weights and counts: half precision ends at 65504 terms
     classes = observed.loss_type == LOSS_CROSS_ENTROPY
     if classes and x is logits and x.ndim > 2:
         raise ValueError(
@@ -167,9 +168,9 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
             "setup_logits_repr(y.movedim(1, -1))."
         )
     class_dim = (1 if x.ndim > 1 else 0) if classes else -1
-    scatter = None
+    scatter, weight = None, None
     if classes:
-        weight = _class_weights(arguments, x, class_dim)
+        weight, sum_of_weights = _class_weights(arguments, x, class_dim)
     else:
         weight = _element_weights(arguments, x)
         scatter = _scatter_to_elements(x, logits)
@@ -183,9 +184,9 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
             x, weight = x.unsqueeze(-1), None if weight is None else weight.unsqueeze(-1)
     num_elements = x.numel()
     outer = (
-        torch.ones((), dtype=loss.dtype, device=loss.device)
+        torch.ones((), dtype=dtype, device=loss.device)
         if observed.output is loss
-        else torch.autograd.grad(loss, observed.output, retain_graph=True)[0]
+        else torch.autograd.grad(loss, observed.output, retain_graph=True)[0].to(dtype)
     )
     if scatter is not None:
         outer = scatter(outer) if outer.ndim else outer
@@ -210,7 +211,8 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
         return LossTerms(x, class_dim, weight, num_terms, 1 / mean_weight)
     if reduction == "sum" and not classes:
         given = arguments.get("weight")
-        given = torch.ones_like(observed.input) if given is None else given.to(x.dtype).expand_as(observed.input)
+        given = torch.ones((), dtype=dtype, device=loss.device) if given is None else given.to(dtype)
+        given = given.expand_as(observed.input)
         if torch.isclose(outer * given.sum(), torch.ones_like(outer)):  # divided by the sum of the weights: a mean
             given = (scatter(given) if scatter is not None else given).reshape(x.shape)
             mean_weight = given.sum() / torch.count_nonzero(given)
@@ -220,8 +222,7 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
     if reduction == "sum":
         return LossTerms(x, class_dim, weight, 1 / outer, 1 / outer)
     if classes:
-        hard = not torch.is_floating_point(arguments["target"])
-        total = weight.sum() if weight is not None and hard else num_rows
+        total = num_rows if sum_of_weights is None else sum_of_weights
         return LossTerms(x, class_dim, weight, total / outer, total / outer)
     rows = num_rows if scatter is None else torch.count_nonzero(picked.any(-1))
     return LossTerms(x, class_dim, weight, rows / outer, num_elements / outer)
@@ -253,26 +254,37 @@ def _row_view(x: Tensor, logits: Tensor) -> Tensor:
     return x.reshape(logits.shape) if logits.ndim > 1 else x.reshape(-1, 1)
 
 
-def _class_weights(arguments: dict[str, Any], x: Tensor, class_dim: int) -> Tensor | None:
-    """Weights of cross-entropy terms: class weights, and 0 for ``ignore_index`` (compared with the *labels*)."""
+def _class_weights(arguments: dict[str, Any], x: Tensor, class_dim: int) -> tuple[Tensor, Tensor | None]:
+    """Weights of cross-entropy terms, and what its mean divides by; ``None``: the number of terms.
+
+    A term's second derivative is that of ``-log p`` times the sum of what its target, smoothed, and the class weights
+    give to the classes. A term that ``ignore_index`` leaves out (compared with the *labels*) has weight 0.
+    """
     target, class_weight = arguments["target"], arguments["weight"]
+    smoothing, dtype = arguments.get("label_smoothing", 0.0), accumulation_dtype(x.dtype)
+    num_classes = x.shape[class_dim]
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
     if torch.is_floating_point(target):  # probabilities
+        target = target.to(dtype) * (1 - smoothing) + smoothing / num_classes
         if class_weight is not None:
             target = target * class_weight.reshape([-1 if d == class_dim else 1 for d in range(x.ndim)])
-        used = target.sum(class_dim, keepdim=True)
-        return used.to(x.dtype) if class_weight is not None else used.ne(0).to(x.dtype)
+        return target.sum(class_dim, keepdim=True), None
     labelled = target != arguments["ignore_index"]
-    weight = labelled.to(x.dtype)
+    weight = labelled.to(dtype)
+    total = weight.sum()
     if class_weight is not None:
-        weight = weight * class_weight[target.where(labelled, 0)]
-    return weight.unsqueeze(class_dim) if x.ndim > 1 else weight
+        of_labels = weight * class_weight[target.where(labelled, 0)]
+        total = of_labels.sum()  # smoothing does not change what PyTorch divides by
+        weight = (1 - smoothing) * of_labels + smoothing * class_weight.mean() * weight
+    return weight.unsqueeze(class_dim) if x.ndim > 1 else weight, total
 
 
 def _element_weights(arguments: dict[str, Any], x: Tensor) -> Tensor | None:
     """Weights of the elements of an MSE or BCE: ``weight``, and what ``pos_weight`` does to the second derivative."""
     weight, pos_weight = arguments.get("weight"), arguments.get("pos_weight")
     if weight is not None:
-        weight = weight.to(x.dtype).expand_as(x)
+        weight = weight.to(accumulation_dtype(x.dtype)).expand_as(x)
     if pos_weight is not None:
         positive = 1 + (pos_weight - 1) * arguments["target"]
         weight = positive if weight is None else weight * positive
@@ -383,21 +395,20 @@ def positions_of_terms(terms: LossTerms, logits: Tensor, position: Tensor) -> Te
     rows = len(position)
     x = terms.logits.movedim(terms.class_dim, -1)
     if x.shape == logits.shape and x is not logits:  # the loss may replace elements, which are then constants
-        numbers = torch.arange(1, x.numel() + 1, device=x.device, dtype=x.dtype).view_as(x)
-        (found,) = torch.autograd.grad(x, logits, numbers, retain_graph=True)
+        numbers = torch.arange(1, x.numel() + 1, device=x.device).view_as(x)
+        found = _sent_back(x, logits, numbers)
         if bool(((found == numbers) | (found == 0)).all()):
             return position
     if x.reshape(-1, x.shape[-1]).shape[0] == rows and x.data_ptr() == logits.data_ptr():
         return position
     # The loss selects or reorders rows: find out which by sending row numbers back through the selection. They sum
     # up to zero over the classes, and so they pass through a log_softmax unchanged.
-    probe = torch.zeros_like(x)
-    row_numbers = torch.arange(1, x.numel() // x.shape[-1] + 1, device=x.device, dtype=x.dtype)
+    probe = torch.zeros(x.shape, dtype=torch.long, device=x.device)
+    row_numbers = torch.arange(1, x.numel() // x.shape[-1] + 1, device=x.device)
     probe.view(-1, x.shape[-1])[:, 0] = row_numbers
     if x.shape[-1] > 1:
         probe.view(-1, x.shape[-1])[:, 1] = -row_numbers
-    (found,) = torch.autograd.grad(x, logits, probe, retain_graph=True)
-    number = found.reshape(rows, -1)[:, 0].round().long()
+    number = _sent_back(x, logits, probe).reshape(rows, -1)[:, 0]
     order = number[number > 0] - 1
     expected = torch.arange(len(order), device=order.device)
     if not torch.equal(order.sort().values, expected) or len(order) != x.numel() // x.shape[-1]:
@@ -405,6 +416,22 @@ def positions_of_terms(terms: LossTerms, logits: Tensor, position: Tensor) -> Te
     selected = torch.empty_like(order)
     selected[order] = position[number > 0]
     return selected
+
+
+def _sent_back(x: Tensor, logits: Tensor, numbers: Tensor) -> Tensor:
+    """The product of whole numbers with the Jacobian of ``x``, rounded, of the sizes of ``logits``.
+
+    Sent digit by digit: half precision, which ``x`` may have or have been cast from, has no larger whole numbers.
+    """
+    base = int(2 / max(torch.finfo(x.dtype).eps, torch.finfo(logits.dtype).eps))
+    found = torch.zeros(logits.shape, dtype=torch.long, device=logits.device)
+    unit, largest = 1, int(numbers.abs().max()) if numbers.numel() else 0
+    while unit <= largest:
+        digits = numbers.abs() // unit % base * numbers.sign()
+        (part,) = torch.autograd.grad(x, logits, digits.to(x.dtype), retain_graph=True)
+        found += part.round().long() * unit
+        unit *= base
+    return found
 
 
 def _weighted(grads: Tensor, terms: LossTerms) -> Tensor:

@@ -153,3 +153,36 @@ def test_training_with_a_grad_scaler(half):
         scaler.step(optimizer)
         scaler.update()
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("fisher_type", TYPES)
+@pytest.mark.parametrize("half", HALF)
+def test_more_terms_than_half_precision_can_count(half, fisher_type):
+    """float16 ends at 65504, and bfloat16 counts to 256."""
+    torch.manual_seed(1)
+    model, x = nn.Sequential(nn.Linear(4, C)), torch.randn(70001, 4)
+    target = torch.randint(C, (len(x),))
+    options = {"fisher_type": fisher_type, "ema_decay": 1.0, "seed": 3}
+    step(kfac(model, **options), F.cross_entropy, target, x)
+    A, B = kron(model[0])
+    with torch.autocast("cpu", half):
+        step(kfac(model, **options), F.cross_entropy, target, x)
+    for found, expected in zip(kron(model[0]), (A, B), strict=True):
+        close(found, expected, 2e-2)
+
+
+@pytest.mark.parametrize("loss", [
+    lambda y, t: F.cross_entropy(y.float().flatten(0, 1), t.flatten()),
+    lambda y, t: F.nll_loss(F.log_softmax(y, -1).flatten(0, 1), t.flatten()),
+    lambda y, t: F.cross_entropy(y[:, 1:].flatten(0, 1), t[:, 1:].flatten()),
+], ids=["cast", "log_softmax", "selected"])
+@pytest.mark.parametrize("half", HALF)
+def test_exact_of_more_rows_than_bfloat16_can_number(half, loss):
+    torch.manual_seed(1)
+    model, x, target = nn.Sequential(nn.Linear(4, C)), torch.randn(40, 10, 4), torch.randint(C, (40, 10))
+    options = {"shared_dim": "expand", "fisher_type": "fisher_exact", "ema_decay": 1.0}
+    step(kfac(model, **options), loss, target, x)
+    _, B = kron(model[0])
+    with torch.autocast("cpu", half):
+        step(kfac(model, **options), loss, target, x)
+    close(kron(model[0])[1], B, 2e-2)

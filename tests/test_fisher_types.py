@@ -228,6 +228,31 @@ def test_exact_with_a_single_output_without_a_dimension(loss_type: str):
     assert_equal(layers[0].fisher.kron.B, expected.B / N)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "class_weights"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "mean_of_none"])
+@pytest.mark.parametrize("labels", ["hard", "soft", "unnormalized"])
+def test_weights_of_the_terms_of_a_cross_entropy(labels: str, reduction: str, weighted: bool, smoothing: float):
+    """B of the last layer is the sum of the second derivatives of the loss as it was passed."""
+    model, x = nn.Linear(4, C), torch.randn(6, 4)
+    target = torch.tensor([0, 1, 2, 0, -100, 1])
+    if labels != "hard":
+        target = torch.rand(6, C)
+        target = target / target.sum(1, keepdim=True) if labels == "soft" else target
+    weight = torch.tensor([0.0, 1.0, 3.0]) if weighted else None
+
+    def loss(y: Tensor) -> Tensor:
+        value = F.cross_entropy(
+            y, target, weight=weight, label_smoothing=smoothing,
+            reduction="none" if reduction == "mean_of_none" else reduction,
+        )
+        return value.mean() if reduction == "mean_of_none" else value
+
+    computed_fisher(model, x, "reduce", (loss,), data_size=-1)
+    second = torch.func.hessian(loss)(model(x).detach())
+    assert_equal(model.fisher.kron.B, sum(second[n, :, n] for n in range(6)))
+
+
 @STRATEGIES
 def test_weights_of_the_terms_of_a_bernoulli_likelihood(shared_dim: str):
     """``weight`` and ``pos_weight`` scale the second derivative of each output's loss."""
