@@ -214,7 +214,7 @@ class Batch:
 
     def _input(self, layer: Layer, i: int, call: Call, operation: Operation, num_calls: int) -> Tensor:
         """One call's input, arranged: ``(N, R, P)``, rows ``(ΣR_n, P)``, or one image for each example."""
-        module, n = layer.module, self.num_examples
+        module, n = call.module, self.num_examples
         x = call.unmodified_input(layer.name)
         if isinstance(module, nn.Embedding):
             x = x.unsqueeze(-1)
@@ -227,8 +227,8 @@ class Batch:
                     f"{n} examples of the batch."
                 )
             self.plan.layouts.note_leading(x.shape[0])
-            self._arranged.setdefault(module, []).append(Arrangement(BATCH_FIRST, 1))
-            if num_calls > 1:
+            self._arranged.setdefault(layer.module, []).append(Arrangement(BATCH_FIRST, 1))
+            if num_calls > 1 or module is not layer.module:  # a tied one may be of another stride or dilation
                 return examples_first(factors.patches(x, module), n, BATCH_FIRST)
             if x.shape[0] == n:
                 return x
@@ -242,12 +242,14 @@ class Batch:
         prepare = getattr(operation, "prepare_in_data", None)
         x = x.flatten(-dims) if dims > 1 else x
         x = prepare(module, x) if prepare is not None else x
-        arrangement = self._arrange(layer, i, x.shape[:-1], dims, x.device)
-        self._arranged.setdefault(module, []).append(arrangement)
+        arrangement = self._arrange(layer, module, i, x.shape[:-1], dims, x.device)
+        self._arranged.setdefault(layer.module, []).append(arrangement)
         return self._apply(arrangement, x)
 
-    def _arrange(self, layer: Layer, i: int, sizes: torch.Size, dims: int, device: torch.device) -> Arrangement:
-        module, n = layer.module, self.num_examples
+    def _arrange(
+        self, layer: Layer, module: nn.Module, i: int, sizes: torch.Size, dims: int, device: torch.device
+    ) -> Arrangement:
+        n = self.num_examples
         positions = self.positions.get(module)
         if positions is not None and positions.roles:
             rows = self.plan.layouts.resolve_role(layer.name, module, i, sizes[0], positions.roles, device)
@@ -266,10 +268,12 @@ class Batch:
         else:
             layout = self.plan.layouts.resolve(layer.name, module, sizes, n)
         if positions is not None and positions.masks:
-            return Arrangement(layout, dims, self._mask_for(layer, sizes, layout, positions))
+            return Arrangement(layout, dims, self._mask_for(layer, module, sizes, layout, positions))
         return Arrangement(layout, dims)
 
-    def _mask_for(self, layer: Layer, sizes: torch.Size, layout: str, positions: Positions) -> Mask | None:
+    def _mask_for(
+        self, layer: Layer, module: nn.Module, sizes: torch.Size, layout: str, positions: Positions
+    ) -> Mask | None:
         """The padding mask of sequences of this length, repeated for further positions of each token."""
         n = self.num_examples
         if layout == SEQUENCE_FIRST and len(sizes) > 1:
@@ -279,7 +283,7 @@ class Batch:
         else:
             length, times = sizes[0] // n, sizes[1:].numel()
         found = {name: mask for name, mask in positions.masks.items() if mask.mask.shape[1] == length}
-        role = getattr(layer.module, "role", None)
+        role = getattr(module, "role", None)
         if role in found:
             found = {role: found[role]}
         if not found:
@@ -367,6 +371,32 @@ class Batch:
         for (layer, i, _), grad in zip(last, grads, strict=True):
             self._receive(layer, i, grad)
 
+    def share_of_first_example(self, logits: Tensor, rows: Tensor) -> float | None:
+        """How much of the gradient of these rows of the logits is with respect to the first example.
+
+        It is all of it if they are the first example's, where a batch does not mix its examples. Seen at the last
+        layer that is sequence first; ``None`` if there is none.
+
+        Args:
+            rows: booleans, of the sizes of the logits with one class.
+        """
+        calls = [(call, arrangement) for layer in self.layers
+                 for call, arrangement in zip(self.record.calls.get(layer.module, ()),
+                                              self._arranged.get(layer.module, ()), strict=True)
+                 if arrangement.layout == SEQUENCE_FIRST]
+        for call, arrangement in reversed(calls):
+            cotangent = torch.arange(1, logits.numel() + 1, device=logits.device).sin().to(logits.dtype)
+            cotangent = (cotangent.view(*rows.shape[:-1], -1) * rows).view_as(logits)
+            (grad,) = torch.autograd.grad(logits, [call.edge], cotangent, retain_graph=True, allow_unused=True)
+            if grad is None:
+                continue
+            grad = grad.reshape(call.out_shape)
+            grad = grad.flatten(-arrangement.dims) if arrangement.dims > 1 else grad
+            of_examples = self._apply(arrangement, grad).float().square().sum((1, 2))
+            if of_examples.any():
+                return float(of_examples[0] / of_examples.sum())
+        return None
+
     @contextlib.contextmanager
     def taking_output_grads(self, leave_out: Container[Node] = ()) -> Iterator[None]:
         """Take the gradients of the layers' outputs out of a backward pass as it gets there."""
@@ -419,7 +449,7 @@ class Batch:
         parts = []
         for grad, call, arrangement in zip(grads, self.record.calls[module], self._arranged[module], strict=True):
             grad = grad.detach().reshape(call.out_shape)
-            if self.plan.has_channels_first(module):
+            if self.plan.has_channels_first(call.module):
                 grad = self._batched_image(layer, grad).movedim(1, -1)
             elif grad.ndim == arrangement.dims:
                 grad = grad.unsqueeze(0)

@@ -25,8 +25,12 @@ __all__ = [
 
 @dataclass
 class Call:
-    """One call of a layer. ``edge`` is where the gradient w.r.t. its output, of shape ``out_shape``, arrives."""
+    """One call of a layer. ``edge`` is where the gradient w.r.t. its output, of shape ``out_shape``, arrives.
 
+    ``module`` is the one of the layer's modules that was called: modules of one weight may differ in all else.
+    """
+
+    module: nn.Module
     in_data: Tensor | None
     out_shape: torch.Size
     edge: GradientEdge
@@ -190,7 +194,7 @@ def recording(
                 return
             in_data = first_tensor(name, module, "arguments", args or kwargs)
             edge = None if check is None else check(layer, module, in_data, out)
-            call = Call(in_data.detach(), out.shape, edge or output_edge(out), in_data._version)
+            call = Call(module, in_data.detach(), out.shape, edge or output_edge(out), in_data._version)
             record.calls.setdefault(layer.module, []).append(call)
 
         # First of all hooks: the user's own may replace the output.

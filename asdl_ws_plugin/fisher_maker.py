@@ -24,7 +24,7 @@ from .batch import Batch
 from .blocks import parameters_of
 from .capture import Layer, Record, recording
 from .factors import full_precision
-from .layout import infer_num_examples, leading_sizes
+from .layout import fits, infer_num_examples, leading_sizes
 from .loss import (
     LOSS_BINARY_CROSS_ENTROPY,
     LOSS_TYPES,
@@ -39,7 +39,7 @@ from .loss import (
 from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
 from .plan import Plan
 from .positions import GRAPH, Positions, positions_of, take_own_positions
-from .rules import SEQUENCE_FIRST
+from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
 
@@ -303,14 +303,27 @@ class WeightSharingFisherMaker(FisherMaker):
         if ragged is not None:
             rank, num_positions = ragged.rank(), max(1, int(ragged.counts().max()))
             return rank if num_positions == 1 else positions_of_terms(terms, self._logits, rank), num_positions
-        if sizes[0] % num_examples == 0 and not (len(sizes) > 1 and sizes[1] == num_examples != sizes[0]):
-            position = ids % (rows // num_examples)
-        elif len(sizes) > 1 and sizes[1] == num_examples:
-            inner = sizes[2:].numel()
-            position = ids // (num_examples * inner) * inner + ids % inner
-        else:
+        # (example, position) of each row, in the layouts that fit
+        inner = sizes[2:].numel() if len(sizes) > 1 else 1
+        fitting = {}
+        if sizes[0] % num_examples == 0:
+            fitting[BATCH_FIRST] = ids // (rows // num_examples), ids % (rows // num_examples)
+        if fits(SEQUENCE_FIRST, sizes, num_examples):
+            outer = ids // inner
+            fitting[SEQUENCE_FIRST] = outer % num_examples, outer // num_examples * inner + ids % inner
+        if not fitting:
             raise ValueError(f"Logits of sizes {tuple(logits.shape)} do not hold {num_examples} examples.")
-        return positions_of_terms(terms, self._logits, position), rows // num_examples
+        layout = next(iter(fitting))
+        if len(fitting) > 1 and rows > num_examples:
+            shares = {
+                name: share for name, (example, _) in fitting.items()
+                if (share := batch.share_of_first_example(self._logits, (example == 0).view(*sizes, 1))) is not None
+            }
+            if shares:
+                layout = max(shares, key=lambda name: shares[name])  # batch first if they are equal
+            elif len(sizes) > 1 and sizes[0] != num_examples:
+                layout = SEQUENCE_FIRST
+        return positions_of_terms(terms, self._logits, fitting[layout][1]), rows // num_examples
 
     def _record_requires_grad(self) -> None:
         blocks = (p for layer in self.plan.layers for p in parameters_of(layer.module))
@@ -430,9 +443,10 @@ def count_examples(
     """
     positions: dict[nn.Module, Positions] = {}
     for layer in plan.layers:
-        said = record.positions.get(layer.module) or positions_of(layer.module)
-        if said is not None and layer.module in record.calls:
-            positions[layer.module] = said
+        for module in layer.modules if layer.module in record.calls else ():
+            said = record.positions.get(module) or positions_of(module)
+            if said is not None:
+                positions[module] = said
     if positions:
         return _agreed_num_examples(plan.layers, positions, logits)
     book = plan.layouts
@@ -457,7 +471,8 @@ def _agreed_num_examples(
     """N as all that was said of the layers' positions has it."""
     counts = {said.num_examples for said in positions.values()}
     if len(counts) > 1:
-        names = {said.num_examples: layer.name for layer in layers if (said := positions.get(layer.module)) is not None}
+        names = {said.num_examples: layer.name for layer in layers for module in layer.modules
+                 if (said := positions.get(module)) is not None}
         raise ValueError(
             "The layers' segments are of different numbers of examples: "
             + ", ".join(f"{count} at '{name}'" for count, name in sorted(names.items())) + "."

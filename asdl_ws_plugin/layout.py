@@ -18,7 +18,7 @@ from ._warn import warn
 from .ragged import Segments
 from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
-__all__ = ["LayoutBook", "declared_layout", "examples_first", "infer_num_examples", "leading_sizes"]
+__all__ = ["LayoutBook", "declared_layout", "examples_first", "fits", "infer_num_examples", "leading_sizes"]
 
 
 def declared_layout(model: nn.Module, name: str) -> str | None:

@@ -207,6 +207,13 @@ class Plan:
                         f"Layer '{layer.name}' and '{first.name}' have one weight, but their rules are not the same: "
                         f"{self._wanted(layer)} and {self._wanted(first)}."
                     )
+                if layer.shape not in _KRONECKER and _bias(first.module) is not _bias(layer.module):
+                    raise ValueError(
+                        f"Layer '{layer.name}' and '{first.name}' have one weight, but not one bias; the "
+                        f"shape '{layer.shape}' would take their biases for one. Give them the shape '{SHAPE_KRON}', "
+                        f"or leave them to the first-order optimizer with ignore_modules=['{first.name}', "
+                        f"'{layer.name}']."
+                    )
                 first.tied.append((layer.name, layer.module))
             elif first is not None:
                 self.skipped[layer.name] = f"its weight is tied to '{first.name}', which is of another type"
@@ -390,6 +397,10 @@ def _unit_wise_or_diag(module: nn.Module) -> str:
     weight, bias = (p is not None and p.requires_grad for p in (module.weight, getattr(module, "bias", None)))
     is_block = weight and (bias or not isinstance(module, _NORMALIZATIONS))
     return SHAPE_UNIT_WISE if is_block else SHAPE_DIAG
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    return getattr(module, "bias", None)
 
 
 def _why_not(module: nn.Module) -> str | None:

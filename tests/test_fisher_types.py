@@ -203,6 +203,48 @@ def test_exact_where_the_loss_reorders_or_selects_rows(shared_dim: str, reorder:
     assert_equal(model.v.fisher.kron.B, expected.B / N)
 
 
+class SequenceFirst(nn.Module):
+    """An ``(N, R, P)`` model, called with ``(R, N, P)``; logits ``(R, N, C)``, ``(R·N, C)`` or ``(N, R, C)``."""
+
+    batch_first = False
+
+    def __init__(self, logits: str):
+        super().__init__()
+        self.first, self.last, self.logits = nn.Linear(4, 5), nn.Linear(5, C), logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.example_first(x, 0)
+        if self.logits == "flattened":
+            return z.flatten(0, 1)
+        return z.transpose(0, 1) if self.logits == "transposed" else z
+
+    def example_first(self, x: Tensor, positions: int) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(x + 0.7 * x.cumsum(positions))  # every term sees the positions before it
+
+
+@pytest.mark.parametrize("logits", ["as_they_are", "flattened", "transposed"])
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4), (3, 3), (6, 3)])
+@STRATEGIES
+def test_exact_of_logits_that_are_sequence_first(shared_dim: str, sizes: tuple[int, int], logits: str):
+    """Which terms are one example's is not told by the sizes of the logits where R = N, or R·N rows are left."""
+    length, count = sizes
+    model, x = SequenceFirst(logits), torch.randn(length, count, 4)
+    computed_fisher(model, x, shared_dim, data_size=count)
+
+    class BatchFirst(nn.Module):
+        def __init__(self, first: nn.Linear):
+            super().__init__()
+            self.first = first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model.example_first(x, 1)
+
+    expected = oracle_factors(BatchFirst(model.first), model.first, x.transpose(0, 1), shared_dim)
+    assert_equal(model.first.fisher.kron.A, expected.A / count)
+    assert_equal(model.first.fisher.kron.B, expected.B / count)
+
+
 @STRATEGIES
 def test_exact_with_several_dimensions_of_terms(shared_dim: str):
     model = Tokenwise(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C))

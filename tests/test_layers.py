@@ -132,6 +132,53 @@ def test_a_tied_weight_is_preconditioned_once_and_each_bias_by_the_same_factor(e
     torch.testing.assert_close(model.decode.bias.grad, B_inv @ other, rtol=1e-8, atol=1e-10)
 
 
+class TiedConvolutions(nn.Module):
+    """One weight at two dilations, the second one strided, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.far = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=2, dilation=2, stride=2)
+        self.far.weight, self.far.bias = self.near.weight, self.near.bias
+        self.head = nn.Linear(3, C)
+
+    def forward(self, x):
+        convolved = [self.far] if self.only_far else [self.near, self.far]
+        return self.head(sum(torch.tanh(layer(x)).mean((2, 3)) for layer in convolved))
+
+
+@pytest.mark.parametrize("only_far", [False, True])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_two_convolutions_with_one_weight(setting, only_far):
+    model = TiedConvolutions()
+    model.only_far = only_far
+    check(model, [model.near], setting, torch.randn(N, 2, 5, 5), tied=[model.near, model.far])
+
+
+def test_two_normalizations_with_one_weight():
+    class TwoNorms(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.sharp, self.smooth = nn.Linear(D, D), nn.LayerNorm(D), nn.LayerNorm(D, eps=1.0)
+            self.smooth.weight, self.smooth.bias = self.sharp.weight, self.sharp.bias
+            self.head = nn.Linear(D, C)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.sharp(self.mix(x))) + self.smooth(x)).mean(1)
+
+    model, x, target = TwoNorms(), torch.randn(N, R, D), torch.randint(C, (N,))
+    fisher(model, "reduce", sum_loss, target, x, data_size=N, shapes=["layer_wise"])
+    grads = [torch.cat(torch.autograd.grad(sum_loss(model(x[i:i + 1]), target[i:i + 1]),
+                                           [model.sharp.weight, model.sharp.bias])) for i in range(N)]
+    torch.testing.assert_close(model.sharp.fisher.data, sum(g.outer(g) for g in grads) / N)
+
+
+@pytest.mark.parametrize("shape", ["layer_wise", "diag", "unit_wise", "full"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_weight_with_two_biases_is_refused_by_shapes_that_hold_them_together(bias, shape):
+    with pytest.raises(ValueError, match=r"'decode' and 'encode' have one weight, but not one bias.*ignore_modules"):
+        fisher(Tied(bias), "reduce", sum_loss, torch.randint(C, (N,)), torch.randn(N, R, D), shapes=[shape])
+
+
 @pytest.mark.parametrize("rules", [["reduce", ("decode", "expand")], ["reduce", ("decode", "sequence_first")]])
 def test_one_weight_under_two_rules_is_refused(rules):
     with pytest.raises(ValueError, match=r"'decode'.*'encode'.*one weight"):
