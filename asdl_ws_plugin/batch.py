@@ -371,30 +371,39 @@ class Batch:
         for (layer, i, _), grad in zip(last, grads, strict=True):
             self._receive(layer, i, grad)
 
-    def share_of_first_example(self, logits: Tensor, rows: Tensor) -> float | None:
-        """How much of the gradient of these rows of the logits is with respect to the first example.
+    def crosstalk(self, logits: Tensor, example: Tensor) -> float | None:
+        """How much the rows of the logits, each being of this example, depend on other examples' positions.
 
-        It is all of it if they are the first example's, where a batch does not mix its examples. Seen at the last
-        layer that is sequence first; ``None`` if there is none.
+        It is 0 if that is what they are of, where a batch does not mix its examples. Then weights of the examples that
+        the logits are multiplied with reappear at the positions of those examples. Seen at a layer that is sequence
+        first or ragged; ``None`` if there is none.
 
         Args:
-            rows: booleans, of the sizes of the logits with one class.
+            example: integers, of the sizes of the logits without classes.
         """
-        calls = [(call, arrangement) for layer in self.layers
-                 for call, arrangement in zip(self.record.calls.get(layer.module, ()),
-                                              self._arranged.get(layer.module, ()), strict=True)
-                 if arrangement.layout == SEQUENCE_FIRST]
-        for call, arrangement in reversed(calls):
-            cotangent = torch.arange(1, logits.numel() + 1, device=logits.device).sin().to(logits.dtype)
-            cotangent = (cotangent.view(*rows.shape[:-1], -1) * rows).view_as(logits)
-            (grad,) = torch.autograd.grad(logits, [call.edge], cotangent, retain_graph=True, allow_unused=True)
-            if grad is None:
-                continue
-            grad = grad.reshape(call.out_shape)
-            grad = grad.flatten(-arrangement.dims) if arrangement.dims > 1 else grad
-            of_examples = self._apply(arrangement, grad).float().square().sum((1, 2))
-            if of_examples.any():
-                return float(of_examples[0] / of_examples.sum())
+        weights = torch.arange(1, self.num_examples + 2, device=logits.device, dtype=torch.float32)
+        weights = weights / len(weights)  # the last one is of rows that are left out
+        weights = weights.to(logits.dtype)
+        cotangent = torch.arange(1, logits.numel() + 1, device=logits.device).sin().to(logits.dtype).view_as(logits)
+        weighted = (cotangent.view(*example.shape, -1) * weights[example].unsqueeze(-1)).view_as(logits)
+        for layer in reversed(self.layers):
+            calls = self.record.calls.get(layer.module, ())
+            for call, arrangement in zip(calls, self._arranged.get(layer.module, ()), strict=True):
+                ragged = arrangement.ragged
+                if not isinstance(ragged, Segments) and arrangement.layout != SEQUENCE_FIRST:
+                    continue
+                plain, found = (
+                    torch.autograd.grad(logits, [call.edge], grads, retain_graph=True, allow_unused=True)[0]
+                    for grads in (cotangent, weighted)
+                )
+                if plain is None or not plain.any():
+                    continue
+                plain, found = (self._apply(arrangement, grad.reshape(call.out_shape).flatten(-arrangement.dims))
+                                for grad in (plain, found))
+                of_rows = weights[:-1].view(-1, 1, 1)
+                if isinstance(ragged, Segments):
+                    of_rows = weights[ragged.index].unsqueeze(1)
+                return float((found - plain * of_rows).norm() / found.norm())
         return None
 
     @contextlib.contextmanager

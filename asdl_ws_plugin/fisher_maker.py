@@ -39,7 +39,8 @@ from .loss import (
 from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
 from .plan import Plan
 from .positions import GRAPH, Positions, positions_of, take_own_positions
-from .rules import BATCH_FIRST, SEQUENCE_FIRST
+from .ragged import Segments
+from .rules import SEQUENCE_FIRST
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
 
@@ -287,43 +288,17 @@ class WeightSharingFisherMaker(FisherMaker):
 
     def _positions(self, terms: LossTerms, batch: Batch) -> tuple[Tensor, int]:
         """The position of every loss term within its example, and the number of positions."""
-        logits = self._logits
-        if logits.ndim == 1:
-            logits = logits.unsqueeze(-1)
-        num_examples = batch.num_examples
-        sizes = logits.shape[:-1]
-        rows = sizes.numel()
-        ids = torch.arange(rows, device=logits.device)
-        # Rows of the logits that are one for each example come first: there may be as many nodes.
-        parts = sorted(
-            ((role != GRAPH, part) for said in batch.positions.values() for role, part in said.roles.items()),
-            key=lambda entry: entry[0],
-        )
-        ragged = next((part for _, part in parts if len(part) == rows), None)
-        if ragged is not None:
-            rank, num_positions = ragged.rank(), max(1, int(ragged.counts().max()))
-            return rank if num_positions == 1 else positions_of_terms(terms, self._logits, rank), num_positions
-        # (example, position) of each row, in the layouts that fit
-        inner = sizes[2:].numel() if len(sizes) > 1 else 1
-        fitting = {}
-        if sizes[0] % num_examples == 0:
-            fitting[BATCH_FIRST] = ids // (rows // num_examples), ids % (rows // num_examples)
-        if fits(SEQUENCE_FIRST, sizes, num_examples):
-            outer = ids // inner
-            fitting[SEQUENCE_FIRST] = outer % num_examples, outer // num_examples * inner + ids % inner
-        if not fitting:
-            raise ValueError(f"Logits of sizes {tuple(logits.shape)} do not hold {num_examples} examples.")
-        layout = next(iter(fitting))
-        if len(fitting) > 1 and rows > num_examples:
-            shares = {
-                name: share for name, (example, _) in fitting.items()
-                if (share := batch.share_of_first_example(self._logits, (example == 0).view(*sizes, 1))) is not None
-            }
-            if shares:
-                layout = max(shares, key=lambda name: shares[name])  # batch first if they are equal
-            elif len(sizes) > 1 and sizes[0] != num_examples:
-                layout = SEQUENCE_FIRST
-        return positions_of_terms(terms, self._logits, fitting[layout][1]), rows // num_examples
+        readings = _readings(self._logits, batch)
+        if len(readings) > 1:
+            found = [batch.crosstalk(self._logits, example) for example, _ in readings]
+            best = min(range(len(found)), key=lambda i: found[i] or 0.0)  # the first where nothing tells
+            readings = readings[best:]
+        example, position = readings[0]
+        of_examples = position[example.flatten() < batch.num_examples]
+        num_positions = 1 + int(of_examples.max()) if len(of_examples) else 1
+        if num_positions == 1 and terms.num_rows == len(position):  # a term of each example, whatever it is made of
+            return position, num_positions
+        return positions_of_terms(terms, self._logits, position), num_positions
 
     def _record_requires_grad(self) -> None:
         blocks = (p for layer in self.plan.layers for p in parameters_of(layer.module))
@@ -458,6 +433,37 @@ def count_examples(
     ]
     sequence_first = next((tuple(x.shape[:-1]) for x in declared if x.ndim > 2), None)
     return infer_num_examples(logits.shape[:-1] or logits.shape, leading_sizes([args, kwargs]), sequence_first), {}
+
+
+def _readings(logits: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """The example of each row of the logits, and its position there, in the ways that fit; the likeliest first.
+
+    Examples are of the sizes of the logits without classes, N for padding; positions are flat.
+    """
+    sizes, n = logits.shape[:-1] or logits.shape, batch.num_examples
+    rows = sizes.numel()
+    # Rows of the logits that are one for each example come first: there may be as many nodes.
+    parts = [part for said in batch.positions.values() for role, part in said.roles.items() if role == GRAPH]
+    parts += [part for said in batch.positions.values() for part in said.roles.values()]
+    ragged: list[Segments] = []
+    for part in parts:
+        if len(part) == rows and not any(part is other or part.equals(other) for other in ragged):
+            ragged.append(part)
+    if ragged:
+        return [(part.index.view(sizes), part.rank()) for part in ragged]
+    ids = torch.arange(rows, device=logits.device)
+    inner = sizes[2:].numel()
+    readings = []
+    if sizes[0] % n == 0:
+        readings.append((ids // (rows // n), ids % (rows // n)))
+    if fits(SEQUENCE_FIRST, sizes, n) and rows > n:
+        outer = ids // inner if len(sizes) > 1 else ids
+        readings.append((outer % n, outer // n * inner + ids % inner))
+        if len(sizes) > 1 and sizes[0] != n:
+            readings.reverse()
+    if not readings:
+        raise ValueError(f"Logits of sizes {tuple(logits.shape)} do not hold {n} examples.")
+    return [(example.view(sizes), position) for example, position in readings]
 
 
 def _num_logits_of_examples(positions: dict[nn.Module, Positions], num_examples: int) -> int:

@@ -412,7 +412,11 @@ def positions_of_terms(terms: LossTerms, logits: Tensor, position: Tensor) -> Te
     order = number[number > 0] - 1
     expected = torch.arange(len(order), device=order.device)
     if not torch.equal(order.sort().values, expected) or len(order) != x.numel() // x.shape[-1]:
-        raise ValueError("fisher_exact needs a loss of logits that are rows of the model's logits.")
+        raise ValueError(
+            f"fisher_exact needs a loss of logits that are rows of the model's logits, {tuple(logits.shape)}; those of "
+            f"the loss have sizes {tuple(x.shape)} with the classes last. Let the model return them that way, or use "
+            "fisher_mc."
+        )
     selected = torch.empty_like(order)
     selected[order] = position[number > 0]
     return selected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 from typing import Any
@@ -323,6 +324,45 @@ def test_a_loss_term_for_every_node(shared_dim: str):
         B = sum(torch.einsum("crp,crq->pq", j, j) for j in b)
         assert_equal(layer.fisher.kron.B * 4, B)
     assert maker_setting(model, graphs) == "expand"
+
+
+@pytest.mark.parametrize("sizes", [[(1, 3), (3, 1)], [(3, 1), (1, 3)], [(0, 0), (4, 2), (0, 0), (1, 3), (0, 0)]])
+@STRATEGIES
+def test_a_loss_term_for_every_node_of_graphs_with_as_many_edges_or_graphs(shared_dim: str, sizes: list[Any]):
+    """Logits whose number of rows fits several roles are those of the role that they depend on."""
+
+    class Nodes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edge, self.node = WeightSharingLinear(2, 4, role="edge"), WeightSharingLinear(3, 4, role="node")
+            self.out = WeightSharingLinear(4, C, role="node")
+
+        def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
+            received = sum_rows(torch.tanh(self.edge(edge_attr)), edge_index[1], len(x))
+            h = torch.tanh(self.node(x) + received)
+            return self.out(h + sum_rows(h, batch, num_graphs)[batch])
+
+    model, graphs = Nodes(), random_graphs(sizes).permuted()
+    roles = {"edge": graphs.edge_batch, "node": graphs.batch}
+    compute(model, graphs, shared_dim, roles=roles, loss_type=MSE)
+    filled = [n for n, (nodes, _) in enumerate(sizes) if nodes]
+    for layer in (model.edge, model.node, model.out):
+        _, jacobians = seen_by(layer, lambda i: model(*graphs.single(filled[i]).arguments), len(filled))
+        b = [j.sum(1, keepdim=True) if shared_dim == "reduce" else j for j in jacobians]
+        B = sum(torch.einsum("crp,crq->pq", j, j) for j in b)
+        assert_equal(layer.fisher.kron.B * len(sizes), B)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_several_terms_in_one_row_of_the_logits_are_refused_by_fisher_exact(ragged: bool):
+    """They are one example's, and back-propagating them at once would keep products of them."""
+    model, x, target = nn.Sequential(nn.Linear(4, 2 * C)), torch.randn(5, 4), torch.randint(C, (5, 2))
+    maker = get_fisher_maker(model, FisherConfig("fisher_exact", ["kron"], loss_type=CE, shared_dim="reduce"))
+    logits = maker.setup_model_call(model, x)
+    maker.setup_loss_call(lambda y: F.cross_entropy(y.view(-1, C), target.flatten()), logits)
+    rows = asdl_ws_plugin.segments(model, node=torch.arange(5)) if ragged else contextlib.nullcontext()
+    with rows, pytest.raises(ValueError, match=r"rows of the model's logits, \(5, 6\); .* \(10, 3\)"):
+        maker.forward_and_backward()
 
 
 def maker_setting(model: nn.Module, graphs: Graphs) -> str:
