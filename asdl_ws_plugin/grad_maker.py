@@ -213,8 +213,16 @@ class WeightSharing(NaturalGradientMaker):
     def _is_supported(self, module_name: str, module: nn.Module) -> bool:
         # Upstream takes the model's device from the parameters of supported layers, and blocks have none of their own.
         if has_blocks(module):
-            return not matches_any(module_name, module, self.config.ignore_modules or ())
-        return super()._is_supported(module_name, module)
+            supported = not matches_any(module_name, module, self.config.ignore_modules or ())
+        else:
+            supported = super()._is_supported(module_name, module)
+        if supported and (not module_name or hasattr(nn.ModuleDict, module_name)):
+            # upstream keeps layers by name in an nn.ModuleDict
+            what = f"has a layer called '{module_name}'" if module_name else "is itself a layer"
+            raise ValueError(
+                f"The model {what}, which ASDL's gradient makers cannot hold. Train nn.Sequential(model) instead."
+            )
+        return supported
 
     def parameters_for(self, shape: str) -> Iterator[nn.Parameter]:
         """Upstream's, with the views of layers whose weight is a part of a Parameter."""

@@ -534,6 +534,31 @@ def test_a_model_without_layers_is_refused():
         get_fisher_maker(model, FisherConfig("fisher_emp", ["kron"], shared_dim="reduce"))
 
 
+class Keys(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.Linear(D, C)
+
+    def forward(self, x):
+        return self.keys(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(lambda: nn.Linear(D, C), "The model is itself a layer.*Sequential"), (Keys, "a layer called 'keys'.*Sequential")],
+)
+def test_names_that_upstream_has_no_room_for_are_refused(make, message):
+    """It keeps layers in an nn.ModuleDict: a KeyError, unless the model is wrapped."""
+    with pytest.raises(ValueError, match=message):
+        kfac(make())
+    model, x = nn.Sequential(make()), torch.randn(N, D)
+    target = torch.randint(C, (N,))
+    step(kfac(model, fisher_type="fisher_emp", ema_decay=1.0), F.cross_entropy, target, x)
+    layer = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    (b,) = torch.autograd.grad(F.cross_entropy(y := model(x), target, reduction="sum"), y)
+    assert_factors(layer, (x.mT @ x / N, b.mT @ b / N))
+
+
 def test_no_grad_is_refused():
     maker = kfac(Model())
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"'fc1'.*without an autograd graph: under no_grad"):
