@@ -162,6 +162,24 @@ def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor
 
 
 @contextlib.contextmanager
+def _eagerly() -> Iterator[None]:
+    """Whatever was compiled runs as if it were not."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+    elif hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:  # PyTorch 2.5
+        eval_frame: Any = sys.modules["torch._dynamo.eval_frame"]
+        set_callback = eval_frame._maybe_set_eval_frame
+        eval_frame._maybe_set_eval_frame = lambda callback: set_callback(None)
+        try:
+            yield
+        finally:
+            eval_frame._maybe_set_eval_frame = set_callback
+
+
+@contextlib.contextmanager
 def recording(
     layers: list[Layer],
     check: Callable[[Layer, nn.Module, Tensor, Tensor], GradientEdge | None] | None = None,
@@ -200,14 +218,11 @@ def recording(
         # First of all hooks: the user's own may replace the output.
         handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 
-    eager = contextlib.nullcontext()
-    if "torch._dynamo" in sys.modules:
-        eager = torch.compiler.set_stance("force_eager")
     try:
         for layer in layers:
             for name, module in [(layer.name, layer.module), *layer.tied]:
                 add_hook(layer, name, module)
-        with eager:
+        with _eagerly():
             _records.append(record)
             yield record
     finally:

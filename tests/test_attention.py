@@ -127,7 +127,7 @@ def test_every_option_equals_the_original(options: dict[str, Any]) -> None:
 def test_is_causal(need_weights: bool, padded: bool) -> None:
     original, ours = both(batch_first=True)
     xs = inputs({"batch_first": True}, same="qkv")
-    mask = nn.Transformer.generate_square_subsequent_mask(L)
+    mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
     padding = torch.zeros(N, L).masked_fill(torch.arange(L) >= L - 1, -torch.inf) if padded else None
     call = {"attn_mask": mask, "is_causal": True, "need_weights": need_weights, "key_padding_mask": padding}
     compare(original, ours, xs, **call)
@@ -498,7 +498,7 @@ def test_encoder(batch_first: bool, norm_first: bool, train: bool, bias: bool) -
     original = encoder(batch_first, norm_first, bias).train(train)
     ours = convert(copy.deepcopy(original))
     x = torch.randn(N, L, E) if batch_first else torch.randn(L, N, E)
-    causal = nn.Transformer.generate_square_subsequent_mask(L)
+    causal = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
     calls: list[dict[str, Any]] = [
         {}, {"src_key_padding_mask": PADDING}, {"mask": causal, "is_causal": True}, {"mask": causal},
         {"mask": causal, "src_key_padding_mask": torch.zeros(N, L).masked_fill(PADDING, -torch.inf)},
