@@ -47,6 +47,7 @@ __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
 FISHER_FORWARD_ONLY = "fisher_forward_only"
 FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 
+_STRIDE = 0x9E3779B97F4A7C15  # between the seeds of consecutive batches: 2**64 over the golden ratio, far apart
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
 
 
@@ -91,6 +92,7 @@ class WeightSharingFisherMaker(FisherMaker):
     Attributes:
         plan: the layers and what is done with them.
         unseen: the layers that took no part in the last batch, with the reason.
+        draws: how many batches labels were drawn for; with ``config.seed``, each batch gets others.
 
     Raises:
         TypeError, ValueError: the configuration is invalid.
@@ -126,6 +128,7 @@ class WeightSharingFisherMaker(FisherMaker):
         if several_passes and any(layer.shape == SHAPE_KFE for layer in self.plan.layers):
             raise ValueError("The shape 'kfe' needs a single backward pass: fisher_emp, or fisher_mc with one sample.")
         self.unseen: dict[nn.Module, str] = {}
+        self.draws = 0
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the new one is added.
         self.decay = 1.0
         self._reported: set[str] = set()
@@ -194,10 +197,18 @@ class WeightSharingFisherMaker(FisherMaker):
         if not record.calls:
             raise RuntimeError(self._nothing_seen(layers, record))
         if not logits.requires_grad and config.fisher_type in (FISHER_EXACT, FISHER_MC):
-            raise RuntimeError("The logits do not depend on any parameter that requires a gradient.")
+            raise RuntimeError(
+                f"The logits, of sizes {tuple(logits.shape)}, do not depend on any parameter that requires a gradient. "
+                "If another of the model's outputs are the logits, select them with setup_logits_repr."
+            )
 
         loss_type = None if self.is_fisher_emp else config.loss_type
         terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
+        if terms.has_negative and config.fisher_type in (FISHER_EXACT, FISHER_MC):
+            raise ValueError(
+                "The loss weighs terms negatively, as advantages do, so its curvature need not be positive. Use "
+                "fisher_type='fisher_emp', the second moment of its gradients."
+            )
         num_examples, positions = count_examples(plan, record, logits, self._model_args, self._model_kwargs)
         plan.layouts.num_terms = terms.num_rows
         plan.decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
@@ -217,6 +228,7 @@ class WeightSharingFisherMaker(FisherMaker):
         self.unseen = batch.unseen()
         self._report_unseen(layers, record)
         self._commit(batch, accumulate, fvp)
+        self.draws += 1
         if calc_inv:
             self._invert(layers, damping)
         return self._model_output, loss if self.is_fisher_emp or calc_loss_grad else None
@@ -260,7 +272,8 @@ class WeightSharingFisherMaker(FisherMaker):
         elif config.fisher_type == FISHER_MC:
             generator = None
             if config.seed is not None:
-                generator = torch.Generator(terms.logits.device).manual_seed(int(config.seed))
+                seed = (int(config.seed) + self.draws * _STRIDE) % 2**63
+                generator = torch.Generator(terms.logits.device).manual_seed(seed)
             batch.scale = scale_B / config.n_mc_samples
             for i in range(config.n_mc_samples):
                 grads = sampled_output_grads(terms, config.loss_type, config.var, generator)

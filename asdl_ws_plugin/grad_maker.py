@@ -88,7 +88,8 @@ class WeightSharing(NaturalGradientMaker):
         before = {module: matrix for module in self.model.modules()
                   if (matrix := self._get_module_fisher(module)) is not None}
         inverses = [entry for matrix in before.values() for entry in copy_inverses(matrix)]
-        unseen, decay = self.fisher_maker.unseen, self.fisher_maker.decay
+        maker = self.fisher_maker
+        unseen, decay, draws = maker.unseen, maker.decay, maker.draws
         forget = self.plan.remember()
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # a NaN would stay in running averages
         try:
@@ -103,7 +104,7 @@ class WeightSharing(NaturalGradientMaker):
                     delattr(module, self._fisher_attr)
             for holder, name, inverse in inverses:
                 setattr(holder, name, inverse)
-            self.fisher_maker.unseen, self.fisher_maker.decay = unseen, decay
+            maker.unseen, maker.decay, maker.draws = unseen, decay, draws
             forget()
             with torch.no_grad():
                 for buffer, copy in buffers:
@@ -129,7 +130,9 @@ class WeightSharing(NaturalGradientMaker):
             **super().state_dict(),
             "curvature": curvature_state(self.model, self._fisher_attr),
             "rank": rank_state(self),
-            "weight_sharing": plan_state(self.plan, self.fisher_maker.unseen),
+            "weight_sharing": {
+                **plan_state(self.plan, self.fisher_maker.unseen), "draws": self.fisher_maker.draws
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,6 +148,7 @@ class WeightSharing(NaturalGradientMaker):
             complete_inverses(self, state_dict)
         if "weight_sharing" in state_dict:
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
+            self.fisher_maker.draws = state_dict["weight_sharing"].get("draws", 0)
         self.state["step"] = state_dict["step"]
 
     # ----------------------------------------------------------------------------------------------- curvature

@@ -87,6 +87,7 @@ class LossTerms:
             loss leaves out has weight 0.
         num_terms: T, the number of terms that the loss averages over; 1 for a sum.
         sum_factor: the gradient of the summed loss is ``sum_factor`` times that of the loss.
+        has_negative: whether the loss weighs some term negatively, as advantages do.
     """
 
     logits: Tensor
@@ -94,6 +95,7 @@ class LossTerms:
     weight: Tensor | None
     num_terms: Tensor | float
     sum_factor: Tensor | float
+    has_negative: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -188,6 +190,8 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
         if observed.output is loss
         else torch.autograd.grad(loss, observed.output, retain_graph=True)[0].to(dtype)
     )
+    negative = bool((outer < 0).any() or (weight is not None and (weight < 0).any()))
+    outer = outer.abs()  # how much it counts; what has a negative Hessian is refused where that is needed
     if scatter is not None:
         outer = scatter(outer) if outer.ndim else outer
         x = logits if logits.ndim > 1 else logits.unsqueeze(-1)
@@ -208,7 +212,7 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
                 num_terms = torch.count_nonzero(outer.ne(0).any(-1))
             elif torch.isclose(sum_of_weights * num_elements, count.to(sum_of_weights.dtype)):
                 num_terms = num_rows
-        return LossTerms(x, class_dim, weight, num_terms, 1 / mean_weight)
+        return LossTerms(x, class_dim, weight, num_terms, 1 / mean_weight, negative)
     if reduction == "sum" and not classes:
         given = arguments.get("weight")
         given = torch.ones((), dtype=dtype, device=loss.device) if given is None else given.to(dtype)
@@ -218,14 +222,14 @@ def _observed_terms(loss: Tensor, observed: Observation, logits: Tensor) -> Loss
             mean_weight = given.sum() / torch.count_nonzero(given)
             weight = None if weight is None else weight / mean_weight
             kept = torch.count_nonzero(given.ne(0).any(-1))
-            return LossTerms(x, class_dim, weight, kept, 1 / (outer * mean_weight))
+            return LossTerms(x, class_dim, weight, kept, 1 / (outer * mean_weight), negative)
     if reduction == "sum":
-        return LossTerms(x, class_dim, weight, 1 / outer, 1 / outer)
+        return LossTerms(x, class_dim, weight, 1 / outer, 1 / outer, negative)
     if classes:
         total = num_rows if sum_of_weights is None else sum_of_weights
-        return LossTerms(x, class_dim, weight, total / outer, total / outer)
+        return LossTerms(x, class_dim, weight, total / outer, total / outer, negative)
     rows = num_rows if scatter is None else torch.count_nonzero(picked.any(-1))
-    return LossTerms(x, class_dim, weight, rows / outer, num_elements / outer)
+    return LossTerms(x, class_dim, weight, rows / outer, num_elements / outer, negative)
 
 
 def _scatter_to_elements(x: Tensor, logits: Tensor) -> Callable[[Tensor], Tensor] | None:

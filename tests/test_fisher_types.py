@@ -139,6 +139,9 @@ def test_a_seed_determines_the_samples_and_leaves_the_global_generator_alone():
     first, second = (mc_samples(model, model.v, x, 1, "expand", loss_type=CE, seed=seed)[0] for seed in (1, 1))
     other = mc_samples(model, model.v, x, 1, "expand", loss_type=CE, seed=2)[0]
     assert torch.equal(first, second) and not torch.equal(first, other)
+    several = [mc_samples(model, model.v, x, 3, "expand", loss_type=CE, seed=1) for _ in range(2)]
+    assert torch.equal(*several) and torch.equal(several[0][0], first)
+    assert not torch.equal(several[0][0], several[0][1])  # a batch has labels of its own: noise averages out
     assert torch.equal(torch.get_rng_state(), state)
 
 

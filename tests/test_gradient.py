@@ -299,3 +299,32 @@ def test_fisher_maker_with_calc_loss_grad():
                 assert_same(model, expected)
             else:
                 assert all(p.grad is None for p in model.parameters())
+
+
+NEGATIVE: dict[str, Any] = {
+    "advantages": lambda y, t: (F.cross_entropy(y, t, reduction="none") * ADVANTAGES).mean(),
+    "zero on average": lambda y, t: (F.cross_entropy(y, t, reduction="none") * (ADVANTAGES - ADVANTAGES.mean())).mean(),
+    "maximized": lambda y, t: -F.cross_entropy(y, t),
+    "class weights": lambda y, t: F.cross_entropy(y, t, torch.tensor([1.0, -1.0, 1.0]), reduction="sum"),
+}
+ADVANTAGES = torch.tensor([1.5, -2.0, 0.25])
+
+
+@pytest.mark.parametrize("loss", NEGATIVE.values(), ids=NEGATIVE.keys())
+def test_terms_with_negative_weights(loss: Any):
+    """Their Hessian is negative, so it is refused; the empirical Fisher is a second moment, and has none of it."""
+    model, x, target = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)), torch.randn(N, 4), torch.arange(N)
+    config = asdl.PreconditioningConfig(damping=1e-3, ema_decay=1.0)
+    for fisher_type in ("fisher_mc", "fisher_exact"):
+        gm = asdl.KfacGradientMaker(model, config, fisher_type=fisher_type, shared_dim="reduce")
+        gm.setup_loss_call(loss, gm.setup_model_call(model, x), target)
+        with pytest.raises(ValueError, match=r"weighs terms negatively.*fisher_emp"):
+            gm.forward_and_backward()
+    gm = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim="reduce")
+    gm.setup_loss_call(loss, gm.setup_model_call(model, x), target)
+    gm.forward_and_backward()
+    (b,) = torch.autograd.grad(loss(y := model(x), target), y)
+    B = b.mT @ b
+    found = model[2].fisher.kron.B
+    torch.testing.assert_close(found / found.trace(), B / B.trace(), rtol=1e-10, atol=1e-14)
+    assert torch.isfinite(found).all() and found.trace() > 0

@@ -76,12 +76,12 @@ def through_a_file(state):
 
 
 @pytest.mark.filterwarnings("ignore:Layer 'extra' was not called")
-@pytest.mark.parametrize("fisher_type", ["fisher_emp", "fisher_mc"])
+@pytest.mark.parametrize(("fisher_type", "seed"), [("fisher_emp", None), ("fisher_mc", None), ("fisher_mc", 3)])
 @pytest.mark.parametrize("ema_decay", [None, 0.3])
 @pytest.mark.parametrize("interrupted_after", range(1, STEPS))
-def test_it_goes_on_as_if_it_had_not_been_interrupted(interrupted_after, ema_decay, fisher_type):
+def test_it_goes_on_as_if_it_had_not_been_interrupted(interrupted_after, ema_decay, fisher_type, seed):
     """Bit for bit, from any step of an interval."""
-    options = {"ema_decay": ema_decay, "fisher_type": fisher_type}
+    options = {"ema_decay": ema_decay, "fisher_type": fisher_type, "seed": seed}
     model, maker, optimizer = make(**options)
     expected = train(model, maker, optimizer)
 
