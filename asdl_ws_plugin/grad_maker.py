@@ -114,7 +114,7 @@ class WeightSharing(NaturalGradientMaker):
             p.grad = grad if p.grad is None else grad.add_(p.grad)
 
     def forward(self) -> None:
-        """Of a step without curvature: such a step refuses what one with curvature would refuse."""
+        """Of a step without curvature. An empty batch or a loss that is not finite is refused here, too."""
         take_own_positions(self.model)  # a layer's own segments are those of one step
         super().forward()
         check_batch(self._logits, self._loss)
