@@ -95,6 +95,7 @@ class Batch:
         self._arranged: dict[nn.Module, list[Arrangement]] = {}
         self._ragged: dict[nn.Module, Ragged] = {}
         self._used_masks: set[str] = set()
+        self._lengths: set[int] = set()  # of the sequences that a mask was looked for
         self._factors_A: dict[Any, Tensor] = {}
         self._group_A: dict[Any, Tensor] = {}
         self._received: dict[nn.Module, list[Tensor | None]] = {}
@@ -170,7 +171,8 @@ class Batch:
             if key is not None and key in self._factors_A:
                 operation.accumulate_result(self._copy_of_A(key, layer.module), OP_COV_KRON, "A")
             else:
-                operation.forward_post_process(in_data, None)
+                with self._naming(layer, operation, "in_data", in_data):
+                    operation.forward_post_process(in_data, None)
                 if key is not None:
                     A = self._factors_A[key] = operation.get_result(OP_COV_KRON, "A")
                     self._group_A[key, input_group(layer.module)] = A
@@ -184,7 +186,10 @@ class Batch:
                 for name, mask in positions.masks.items() if name not in self._used_masks
             }
             name, length = next(iter(lengths.items()))
-            raise ValueError(f"padding: no layer has sequences of the length {length} of the mask '{name}'.")
+            lengths_seen = ", ".join(map(str, sorted(self._lengths)))
+            raise ValueError(
+                f"padding: no layer has sequences of the length {length} of the mask '{name}', but {lengths_seen}."
+            )
 
     def _copy_of_A(self, key: Any, module: nn.Module) -> Tensor:
         """The A of this input: one tensor for all blocks of a layer, a copy for everybody else.
@@ -282,6 +287,7 @@ class Batch:
             length, times = sizes[1], sizes[2:].numel()
         else:
             length, times = sizes[0] // n, sizes[1:].numel()
+        self._lengths.add(length)
         found = {name: mask for name, mask in positions.masks.items() if mask.mask.shape[1] == length}
         role = getattr(module, "role", None)
         if role in found:
@@ -293,9 +299,9 @@ class Batch:
                 if layout == BATCH_FIRST and sizes[0] != n and expected > 1 and total % expected == 0:
                     raise ValueError(
                         f"Layer '{layer.name}': its input merges {total} positions of each example into the batch, and "
-                        f"it is not clear which of them are padding by the mask '{name}' of the length {expected}. "
-                        f"Call the layer with (N, {expected}, ...), or leave it out with "
-                        f"ignore_modules=['{layer.name}']."
+                        f"it is not clear which of them are padding by the mask '{name}' of sizes ({n}, {expected}). "
+                        f"Is the mask that of this batch? Call the layer with (N, {expected}, ...), or leave it out "
+                        f"with ignore_modules=['{layer.name}']."
                     )
             return None
         mask = next(iter(found.values()))
@@ -472,10 +478,23 @@ class Batch:
             take = getattr(operation, "ragged_out_grads", None)
             out_grads = take(joined, ragged) if take is not None else ragged.pad(joined)
         operation.set_cov_scale(self.scale)
-        operation.backward_pre_process(
-            out_grads, self.context.get_vectors_by_module(module, flatten=True) if self.fvp else None
-        )
+        vectors = self.context.get_vectors_by_module(module, flatten=True) if self.fvp else None
+        with self._naming(layer, operation, "out_grads", out_grads):
+            operation.backward_pre_process(out_grads, vectors)
         self._with_grads.add(module)
+
+    @contextlib.contextmanager
+    def _naming(self, layer: Layer, operation: Operation, what: str, data: Tensor) -> Iterator[None]:
+        """Say whose operation failed on what, if it is one of the user's."""
+        try:
+            yield
+        except Exception as error:
+            if type(operation).__module__.startswith((*OURS, "asdl.")) or str(error).startswith("Layer '"):
+                raise
+            raise RuntimeError(
+                f"Layer '{layer.name}': {type(operation).__name__} failed with {what} of sizes {tuple(data.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def identity_output_grads(self) -> None:
         """``fisher_forward_only``: B is the identity, summed over the examples."""

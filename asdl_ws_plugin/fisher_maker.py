@@ -47,6 +47,11 @@ __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
 FISHER_FORWARD_ONLY = "fisher_forward_only"
 FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 
+NO_LAYERS = (
+    "The model has no layer whose curvature could be computed: none of a supported type that has a trainable parameter "
+    "and is not ignored. Is everything frozen, is the model scripted or traced by torch.jit, or does it need "
+    "asdl_ws_plugin.convert(model) first?"
+)
 _STRIDE = 0x9E3779B97F4A7C15  # between the seeds of consecutive batches: 2**64 over the golden ratio, far apart
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
 
@@ -121,7 +126,7 @@ class WeightSharingFisherMaker(FisherMaker):
             kronecker_only=config.fisher_type == FISHER_FORWARD_ONLY,
         )
         if not self.plan.layers:
-            raise ValueError("The model has no layer whose curvature could be computed.")
+            raise ValueError(NO_LAYERS)
         several_passes = config.fisher_type == FISHER_EXACT or (
             config.fisher_type == FISHER_MC and config.n_mc_samples > 1
         )
@@ -332,6 +337,13 @@ class WeightSharingFisherMaker(FisherMaker):
         )
 
     def _report_unseen(self, layers: list[Layer], record: Record) -> None:
+        if all(layer.module in self.unseen for layer in layers) and not record.without_graph:
+            raise RuntimeError(
+                f"None of the {len(record.calls)} layers that were called (the first is '{layers[0].name}') influences "
+                "the logits or the loss. The loss has to be given what setup_model_call() returned, not an output of "
+                "the model; logits that are not the model's first output are selected with setup_logits_repr()."
+            )
+        found: dict[tuple[str, str], list[str]] = {}
         for layer in layers:
             reason = self.unseen.get(layer.module)
             if reason is None:
@@ -350,10 +362,11 @@ class WeightSharingFisherMaker(FisherMaker):
                 remedy = "Leave it out with ignore_modules to silence this."
                 if self.plan.is_in_attention(layer.name):
                     remedy = "The projections of nn.MultiheadAttention are not called: use convert(model)."
-                warn(
-                    f"Layer '{layer.name}' {reason} in this step; its gradient is not preconditioned where that "
-                    f"happens. {remedy}",
-                )
+                found.setdefault((reason, remedy), []).append(layer.name)
+        for (reason, remedy), names in found.items():
+            listed = ", ".join(f"'{name}'" for name in names[:8]) + (", ..." if len(names) > 8 else "")
+            which = f"Layer {listed}" if len(names) == 1 else f"{len(names)} layers ({listed}): each"
+            warn(f"{which} {reason} in this step; its gradient is not preconditioned where that happens. {remedy}")
 
     # ------------------------------------------------------------------------------------------ the results
 

@@ -205,8 +205,9 @@ class WeightSharing(NaturalGradientMaker):
         if zero:
             self._zero_reported = True
             warn(
-                f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero, as it is behind a "
-                "zero-initialised head. Their gradients are not preconditioned until it is not.",
+                f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero: they are "
+                "behind a zero-initialised head, or nothing but zeros or padding came in. Their gradients are not "
+                "preconditioned until it is not."
             )
 
     # -------------------------------------------------------------------------------------------- which layers

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__.partition(".")[0])
 OURS = (f"{__package__}.", "asdl_ws_plugin.")
 
 SHAPES = (SHAPE_FULL, SHAPE_LAYER_WISE, SHAPE_KRON, SHAPE_SWIFT_KRON, SHAPE_KFE, SHAPE_UNIT_WISE, SHAPE_DIAG)
+_PYG_LINEAR = "torch_geometric.nn.dense.linear.Linear"
 _KRONECKER = (SHAPE_KRON, SHAPE_SWIFT_KRON, SHAPE_KFE)
 _NORMALIZATIONS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
 
@@ -125,8 +126,11 @@ class Plan:
                 continue
             if isinstance(module, nn.MultiheadAttention):
                 self.unsupported[name] = "its projections are not layers; convert(model) makes them layers"
-            elif any(p.requires_grad for p in module.parameters(recurse=False)):
-                self.unsupported[name or "(the model)"] = f"{type(module).__name__} has parameters without an operation"
+            elif own := [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]:
+                reason = f"{type(module).__name__} has parameters without an operation: {', '.join(own)}"
+                if any(f"{cls.__module__}.{cls.__name__}" == _PYG_LINEAR for cls in type(module).__mro__):
+                    reason = "it is PyG's own Linear; convert(model) makes it a layer that is seen"
+                self.unsupported[name or "(the model)"] = reason
 
     def is_in_attention(self, name: str) -> bool:
         """Whether a layer belongs to an ``nn.MultiheadAttention`` that was not converted."""
@@ -159,11 +163,14 @@ class Plan:
             raise ValueError(
                 f"shared_dim: no rule gives layer '{name}' a strategy. Add a default, as in ['reduce', ...]."
             )
-        operation = find_operation(module, EXPAND if strategy == AUTO else strategy)
-        if operation is None:
+        needed = (EXPAND, REDUCE) if strategy == AUTO else (strategy,)
+        missing = [which for which in needed if find_operation(module, which) is None]
+        if missing:
+            both = f", as '{AUTO}' may need it" if strategy == AUTO else ""
             raise ValueError(
-                f"Layer '{name}': there is no operation for {type(module).__name__} under shared_dim='{strategy}'. "
-                f"Register one with register_operation, or give it another rule, as in ('{name}', 'reduce')."
+                f"Layer '{name}': there is no operation for {type(module).__name__} under "
+                f"shared_dim='{missing[0]}'{both}. Register one with register_operation, or give it another rule, "
+                f"as in ('{name}', 'reduce')."
             )
         shape = shape_values[0]
         if isinstance(module, nn.Embedding) and shape in (*_KRONECKER, SHAPE_UNIT_WISE):
@@ -242,6 +249,8 @@ class Plan:
             strategy = self.strategy_of(layer) or "auto, not decided yet"
             strategies.setdefault(f"{strategy}, {layer.shape}", []).append(layer.name)
         lines = [f"{key}: {', '.join(names)}" for key, names in strategies.items()]
+        frozen = [layer.name for layer in self._candidates if layer not in self.layers]
+        lines += [f"frozen: {', '.join(frozen)}"] if frozen else []
         lines += [f"left out: {name}: {reason}" for name, reason in (self.skipped | self.unsupported).items()]
         return "\n  ".join([f"Plan of {len(self.layers)} layers", *lines])
 

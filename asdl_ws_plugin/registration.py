@@ -182,6 +182,7 @@ def _accept_shared_dim(init: Callable[..., None]) -> Callable[..., None]:
         if shared_dim is None:
             init(self, *args, **kwargs)
             return
+        from .fisher_maker import NO_LAYERS
         from .grad_maker import check, weight_sharing_class
 
         maker_class: Any = type(self)
@@ -190,7 +191,7 @@ def _accept_shared_dim(init: Callable[..., None]) -> Callable[..., None]:
         try:
             init(self, *args, **kwargs)
         except StopIteration as error:  # upstream takes the device from the first parameter of a supported layer
-            raise ValueError("The model has no layer whose curvature could be computed.") from error
+            raise ValueError(NO_LAYERS) from error
         finally:
             _shared_dim.reset(token)
         check(self)

@@ -413,9 +413,9 @@ class _Builder:
                 f"{_FIRST_ORDER}, or remove the parametrization.",
             )
         own = {n for n, p in module.named_parameters(recurse=False) if any(p is q for q in parameters)}
+        if name in self.convertible and "weight" in own:
+            return f"There is no operation for {kind}.", "Call asdl_ws_plugin.convert(model) before."
         if name in self.convertible and self.convertible[name].takes_parameters:
-            if "weight" in own:
-                return f"There is no operation for {kind}.", "Call asdl_ws_plugin.convert(model) before."
             return (
                 "It keeps the weights of its linear layers as Parameters of its own.",
                 "Call asdl_ws_plugin.convert(model) before.",

@@ -102,8 +102,8 @@ def table(runs: Sequence[Run], title: str, metric: str, target: float, form: str
 
 
 def figure(
-    runs: Sequence[Run], path: Path, metric: str, target: float, lowest: float = 0.0, highest: float = 1.005,
-    form: str = ".2%",
+    runs: Sequence[Run], path: Path, title: str, metric: str, target: float, lowest: float = 0.0,
+    highest: float = 1.005, form: str = ".2%",
 ) -> None:
     """Draw the metric over steps and over seconds, with the target, and save it to ``path``."""
     import matplotlib
@@ -126,6 +126,7 @@ def figure(
         panel.grid(alpha=0.3)
     panels[0].set_ylim(lowest, highest)
     panels[0].set_ylabel(metric)
+    drawing.suptitle(title)
     panels[0].legend(loc="upper right" if runs[0].lower_is_better else "lower right")
     drawing.savefig(path, dpi=150)
     plt.close(drawing)

@@ -303,12 +303,13 @@ def main(arguments: list[str] | None = None) -> list[_report.Run]:
             console.print(f"{settings.name}, lr {settings.lr}, damping {settings.damping}: {run.values[-1]:.3f}")
         return runs
     target = runs[0].values[-1]
-    console.print(_report.table(runs, "From German to English", "validation loss", target, ".3f"))
+    title = "From German to English"
+    console.print(_report.table(runs, title, "validation loss", target, ".3f"))
     console.print("The target is the loss that NAdamW ends with; losses are nats for each token.")
     console.print(samples(translations, texts))
     path = options.out / "translation.png"
     _report.figure(
-        runs, path, "validation loss (nats per token)", target, min(min(run.values) for run in runs) - 0.1,
+        runs, path, title, "validation loss (nats per token)", target, min(min(run.values) for run in runs) - 0.1,
         min(runs[0].values[0], target + 2), ".3f",
     )
     console.print(f"Figure: {path}")

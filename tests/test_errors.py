@@ -3,12 +3,16 @@
 import math
 from pathlib import Path
 
+import asdl
 import pytest
 import torch
 import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
 from by_example import assert_factors, empirical_factors, fisher, hooks_of, kfac, kron, step
 from torch import nn
+
+import asdl_ws_plugin
+from asdl_ws_plugin.operations import LinearReduce
 
 pytestmark = pytest.mark.usefixtures("double")
 N, R, D, C = 4, 5, 3, 2
@@ -479,6 +483,84 @@ def test_data_size_and_var_that_do_not_fit_are_refused_by_the_step(fisher_type):
     with pytest.raises(ValueError, match=r"data_size.*0"):
         maker.forward_and_backward(data_size=0)
     assert not hasattr(model[0], "fisher")
+
+
+def test_a_loss_that_no_layer_reaches_is_refused():
+    """As where the loss is given an output of the model instead of what setup_model_call returned."""
+    model, x, target = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C)), torch.randn(N, D), torch.randint(C, (N,))
+    maker = kfac(model, fisher_type="fisher_emp")
+    maker.setup_model_call(model, x)
+    maker.setup_loss_call(F.cross_entropy, model(x), target)
+    with pytest.raises(RuntimeError, match=r"None of the 2 layers .*'0'.* influences .*setup_model_call\(\) returned"):
+        maker.forward_and_backward()
+    assert all(p.grad is None for p in model.parameters()) and not hasattr(model[0], "fisher")
+    step(maker, F.cross_entropy, target, x)
+
+
+def test_layers_left_out_for_one_reason_get_one_warning():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, C)
+
+        def forward(self, x):
+            self.b(x), self.c(x)
+            return self.head(x)
+
+    x, target = torch.randn(N, D), torch.randint(C, (N,))
+    with pytest.warns(UserWarning) as caught:
+        step(kfac(Model(), fisher_type="fisher_emp"), F.cross_entropy, target, x)
+    uncalled, without_influence = (str(w.message) for w in caught)
+    assert uncalled.startswith("Layer 'a' was not called in this step")
+    assert without_influence.startswith("2 layers ('b', 'c'): each does not influence the logits")
+
+
+@pytest.mark.parametrize("freeze", [lambda m: m.requires_grad_(False), lambda m: torch.jit.trace(m, torch.ones(1, D))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_model_without_layers_says_what_may_be_the_reason(freeze):
+    torch.set_default_dtype(torch.float32)
+    model = freeze(nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C)))
+    with pytest.raises(ValueError, match=r"no layer whose curvature.*frozen.*traced.*convert"):
+        kfac(model)
+    with pytest.raises(ValueError, match=r"no layer whose curvature.*frozen.*traced.*convert"):
+        get_fisher_maker(model, FisherConfig("fisher_emp", ["kron"], shared_dim="reduce"))
+
+
+class Unfinished(asdl.Operation):
+    """A user's operation with a mistake in it."""
+
+    supported_operations = LinearReduce.supported_operations
+
+    @staticmethod
+    def cov_kron_A(module, in_data):
+        n, _p = in_data.shape
+        return in_data.mT @ in_data / n
+
+    @staticmethod
+    def cov_kron_B(module, out_grads):
+        return out_grads.sum(1).mT @ out_grads.sum(1)
+
+
+def test_a_failing_operation_of_the_users_names_the_layer_and_the_sizes():
+    model, x, target = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C)), torch.randn(N, D), torch.randint(C, (N,))
+    asdl_ws_plugin.register_operation(nn.Linear, Unfinished, shared_dim="mine")
+    with pytest.raises(RuntimeError, match=r"'0': Unfinished failed with in_data of sizes \(4, 1, 3\): ValueError"):
+        step(kfac(model, ["reduce", ("0", "mine")], fisher_type="fisher_emp"), F.cross_entropy, target, x)
+
+
+def test_auto_needs_an_operation_for_each_setting():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(C, D)), None
+
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    asdl_ws_plugin.register_operation(Own, LinearReduce, shared_dim="reduce")
+    with pytest.raises(ValueError, match=r"'0': there is no operation for Own under .*'expand', as 'auto' may"):
+        kfac(nn.Sequential(Own()), "auto")
+    kfac(nn.Sequential(Own()), "reduce")
 
 
 def test_warnings_point_at_the_users_line():

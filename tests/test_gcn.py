@@ -433,3 +433,15 @@ def test_pyg_beside_torch_scatter():
         asdl_ws_plugin.set_backend(previous)
     mean = (normalized_adjacency() @ x).mean(0)
     assert_equal(model.convs[0].lin.fisher.kron.A, mean.outer(mean))
+
+
+def test_pygs_linear_layers_that_were_not_converted_say_so():
+    """To a reader of the report they are called Linear like any other."""
+    model = nn.Sequential(nn.Linear(3, 4), gnn.Linear(4, 2))
+    row = {row.name: row for row in asdl_ws_plugin.inspect(model, torch.randn(5, 3)).rows}["1"]
+    assert "convert(model)" in row.remedy
+    plan = asdl.KfacGradientMaker(model, asdl.PreconditioningConfig(damping=1e-3), shared_dim="reduce").plan
+    assert plan.unsupported == {"1": "it is PyG's own Linear; convert(model) makes it a layer that is seen"}
+    asdl_ws_plugin.convert(model)
+    plan = asdl.KfacGradientMaker(model, asdl.PreconditioningConfig(damping=1e-3), shared_dim="reduce").plan
+    assert [layer.name for layer in plan.layers] == ["0", "1"] and not plan.unsupported

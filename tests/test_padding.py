@@ -214,7 +214,7 @@ def test_positions_that_are_merged_beyond_recognition_are_refused():
     model, mask = Windows(merged=2), real_tokens(LENGTHS)
     maker = make_maker(model, "reduce", ignore_modules=[])
     maker.setup_model_call(model, torch.randn(3, 5, 2, 2), mask)
-    message = r"Layer 'second'.*10 positions.*length 5.*\(N, 5, \.\.\.\)"
+    message = r"Layer 'second'.*10 positions.*sizes \(3, 5\).*\(N, 5, \.\.\.\)"
     with pytest.raises(ValueError, match=message), padding(model, mask):
         maker.forward_and_backward()
 
@@ -283,7 +283,7 @@ def test_masks_that_do_not_fit_and_the_next_one_that_does():
     good = real_tokens([4, 1, 3])
     maker = make_maker(model, "reduce", ignore_modules=[])
     maker.setup_model_call(model, x, good)
-    with pytest.raises(ValueError, match="no layer has sequences of the length 5 of the mask 'mask'"), padding(
+    with pytest.raises(ValueError, match=r"no layer has .* length 5 of the mask 'mask', but \d"), padding(
         model, torch.ones(3, 5, dtype=torch.bool)
     ):
         maker.forward_and_backward()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-from asdl_ws_plugin._torchvision import make_importable
-
-make_importable()  # for laplace-torch
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -21,6 +19,6 @@ BLOCKS = [
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_code_of_the_documentation_runs_as_printed(code: str) -> None:
-    if "from laplace " in code:
-        pytest.importorskip("laplace")
+    if "from laplace " in code and importlib.util.find_spec("laplace") is None:
+        pytest.skip("laplace-torch is not installed")
     exec(compile(code, "<documentation>", "exec"), {"__name__": "__main__"})

@@ -266,7 +266,8 @@ def test_kron_for_everything_gives_norms_their_own_shape_and_says_so():
 def test_a_plan_prints_what_is_done_with_which_layer(caplog):
     """And the log has one line for each reason, however many layers it is the reason of."""
     model = nn.ModuleDict({"ids": nn.Embedding(5, 3), "more": nn.Embedding(5, 3), "fc": nn.Linear(3, 3),
-                           "head": nn.Linear(3, 2), "bare": nn.PReLU()})
+                           "head": nn.Linear(3, 2), "bare": nn.PReLU(), "still": nn.Linear(2, 2)})
+    model["still"].requires_grad_(False)
     with caplog.at_level("INFO"):
         plan = kfac(model, ["expand", ("head", "auto")], ignore_modules=[]).plan
     reason = "the Kronecker factor of an embedding would have the vocabulary's size squared"
@@ -274,8 +275,9 @@ def test_a_plan_prints_what_is_done_with_which_layer(caplog):
         f"left to the first-order optimizer: 'ids', 'more': {reason}"
     ]
     assert repr(plan).splitlines() == [
-        "Plan of 2 layers", "  expand, kron: fc", "  auto, not decided yet, kron: head", f"  left out: ids: {reason}",
-        f"  left out: more: {reason}", "  left out: bare: PReLU has parameters without an operation",
+        "Plan of 2 layers", "  expand, kron: fc", "  auto, not decided yet, kron: head", "  frozen: still",
+        f"  left out: ids: {reason}", f"  left out: more: {reason}",
+        "  left out: bare: PReLU has parameters without an operation: weight",
     ]
 
 
