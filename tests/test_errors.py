@@ -13,6 +13,7 @@ from torch import nn
 
 import asdl_ws_plugin
 from asdl_ws_plugin.operations import LinearReduce
+from asdl_ws_plugin.registration import is_native
 
 pytestmark = pytest.mark.usefixtures("double")
 N, R, D, C = 4, 5, 3, 2
@@ -520,7 +521,8 @@ def test_layers_left_out_for_one_reason_get_one_warning():
 def test_a_model_without_layers_says_what_may_be_the_reason(freeze):
     torch.set_default_dtype(torch.float32)
     model = freeze(nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C)))
-    with pytest.raises(ValueError, match=r"no layer whose curvature.*frozen.*traced.*convert"):
+    reasons = "" if is_native() else ".*frozen.*traced.*convert"  # an ASDL with the patches knows nothing of convert
+    with pytest.raises(ValueError, match=f"no layer whose curvature{reasons}"):
         kfac(model)
     with pytest.raises(ValueError, match=r"no layer whose curvature.*frozen.*traced.*convert"):
         get_fisher_maker(model, FisherConfig("fisher_emp", ["kron"], shared_dim="reduce"))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import asdl_ws_plugin  # noqa: F401
 from asdl_ws_plugin._torchvision import make_importable
+from asdl_ws_plugin.registration import is_native
 
 make_importable()  # torchmetrics, which laplace-torch needs, looks for torchvision
 laplace = pytest.importorskip("laplace")
@@ -87,7 +88,7 @@ def test_the_kronecker_posterior_has_the_exact_blocks_of_a_linear_network() -> N
 
     assert max(errors("reduce").values()) < 1e-10
     assert errors("expand")["first.weight"] > 0.1
-    assert errors(None)["first.weight"] > 1  # stock ASDL's
+    assert errors(None)["first.weight"] > (0.1 if is_native() else 1)  # stock ASDL's A lacks 1/R, too
     assert max(value for name, value in errors("expand").items() if name.startswith("head")) < 1e-10
 
 
