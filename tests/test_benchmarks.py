@@ -74,7 +74,7 @@ def test_times_each_kind_once_a_round_in_alternating_order(step_time: ModuleType
 
 def test_peak_memory_counts_what_a_step_needs(step_time: ModuleType) -> None:
     peak = step_time.in_fresh_process(_peak_of_a_known_step)
-    assert 200 < peak < 300  # MiB; the step below holds 256 at once, and the process had none of it before
+    assert 200 < peak < 400  # MiB; the step below holds 256 at once, and the process had none of it before
 
 
 def _peak_of_a_known_step() -> float:
