@@ -69,7 +69,8 @@ def check_batch(logits: Any, loss: Tensor | None) -> None:
         )
 
 
-def _check_data_size(data_size: Any) -> None:
+def check_data_size(data_size: Any) -> None:
+    """Raise a ValueError unless it is a number of examples, or not given."""
     if not data_size >= 1 and data_size != _INVALID_DATA_SIZE:
         raise ValueError(f"data_size has to be a number of examples, got {data_size!r}.")
 
@@ -113,7 +114,7 @@ class WeightSharingFisherMaker(FisherMaker):
             raise ValueError(f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}.")
         if config.n_mc_samples < 1:
             raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
-        _check_data_size(config.data_size)
+        check_data_size(config.data_size)
         check_var(config.var)
         for name, p in model.named_parameters():
             if hasattr(p, "device_mesh"):
@@ -184,7 +185,7 @@ class WeightSharingFisherMaker(FisherMaker):
         if fvp and calc_inv:
             raise ValueError("fvp and calc_inv cannot be True at the same time.")
         config, plan = self.config, self.plan
-        _check_data_size(data_size)
+        check_data_size(data_size)
         data_size = config.data_size if data_size == _INVALID_DATA_SIZE else data_size
         scale = config.scale if scale is None else scale
         has_loss = self._loss_fn is not None or self._dummy_loss is not None

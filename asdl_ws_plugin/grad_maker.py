@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ._warn import warn
 from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
 from .factors import full_precision
-from .fisher_maker import WeightSharingFisherMaker, check_batch, check_setup
+from .fisher_maker import WeightSharingFisherMaker, check_batch, check_data_size, check_setup
 from .matrices import copy_inverses, diagonals, dtype_of, is_of, pairs, precondition_bias, share_inverses
 from .positions import take_own_positions
 from .registry import supported_classes
@@ -342,8 +342,7 @@ def check(maker: WeightSharing) -> None:
     config = maker.config
     if config.damping < 0:
         raise ValueError(f"damping has to be at least 0, got {config.damping!r}.")
-    if config.data_size < 1 and config.data_size != -1:  # upstream's mark for "not given"
-        raise ValueError(f"data_size has to be a number of examples, got {config.data_size!r}.")
+    check_data_size(config.data_size)
     if maker.do_accumulate and not 0 < config.ema_decay <= 1:
         raise ValueError(f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay!r}.")
     for name in ("curvature_upd_interval", "preconditioner_upd_interval"):

@@ -244,15 +244,15 @@ class Plan:
             logger.info("left to the first-order optimizer: %s: %s", ", ".join(these), reason)
 
     def __repr__(self) -> str:
-        strategies: dict[str, list[str]] = {}
-        for layer in self.layers:
+        layers, strategies = self.layers, dict[str, list[str]]()
+        for layer in layers:
             strategy = self.strategy_of(layer) or "auto, not decided yet"
             strategies.setdefault(f"{strategy}, {layer.shape}", []).append(layer.name)
         lines = [f"{key}: {', '.join(names)}" for key, names in strategies.items()]
-        frozen = [layer.name for layer in self._candidates if layer not in self.layers]
+        frozen = [layer.name for layer in self._candidates if layer not in layers]
         lines += [f"frozen: {', '.join(frozen)}"] if frozen else []
         lines += [f"left out: {name}: {reason}" for name, reason in (self.skipped | self.unsupported).items()]
-        return "\n  ".join([f"Plan of {len(self.layers)} layers", *lines])
+        return "\n  ".join([f"Plan of {len(layers)} layers", *lines])
 
     def __contains__(self, module: nn.Module) -> bool:
         return module in self._by_module

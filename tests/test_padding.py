@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -193,21 +194,28 @@ class Windows(nn.Module):
         return (y * mask.unsqueeze(-1)).sum(1)
 
 
+def assert_factors_of_real_tokens(
+    model: nn.Module, modules: Sequence[nn.Module], x: Tensor, mask: Tensor, lengths: Sequence[int], shared_dim: str
+) -> None:
+    """The factors of a padded batch of three are those of its sentences, each cut to its length."""
+    maker = make_maker(model, shared_dim, ignore_modules=[])
+    maker.setup_model_call(model, x, mask)
+    with padding(model, mask):
+        maker.forward_and_backward()
+    for module in modules:
+        expected = ragged_factors(
+            module, lambda n: model(x[n : n + 1, : lengths[n]], mask[n : n + 1, : lengths[n]]), 3, shared_dim, CE
+        )
+        assert_equal(module.fisher.kron.A, expected.A)
+        assert_equal(module.fisher.kron.B, expected.B)
+
+
 @pytest.mark.parametrize("merged", [0, 1])
 @STRATEGIES
 def test_further_positions_of_each_token(shared_dim: str, merged: int):
     model, mask = Windows(merged), real_tokens(LENGTHS)
     x = torch.randn(3, 5, 2, 2).masked_fill(~mask[..., None, None], 3.0)
-    maker = make_maker(model, shared_dim, ignore_modules=[])
-    maker.setup_model_call(model, x, mask)
-    with padding(model, mask):
-        maker.forward_and_backward()
-    for module in (model.first, model.second):
-        expected = ragged_factors(
-            module, lambda n: model(x[n : n + 1, : LENGTHS[n]], mask[n : n + 1, : LENGTHS[n]]), 3, shared_dim, CE
-        )
-        assert_equal(module.fisher.kron.A, expected.A)
-        assert_equal(module.fisher.kron.B, expected.B)
+    assert_factors_of_real_tokens(model, (model.first, model.second), x, mask, LENGTHS, shared_dim)
 
 
 def test_positions_that_are_merged_beyond_recognition_are_refused():
@@ -235,16 +243,7 @@ def test_padding_may_be_anything_and_a_sentence_may_be_empty(shared_dim: str):
     model, lengths = Pooled(), [4, 0, 2]
     mask = real_tokens(lengths)
     x = torch.randn(3, 4, 2).masked_fill(~mask.unsqueeze(-1), torch.nan)
-    maker = make_maker(model, shared_dim, ignore_modules=[])
-    maker.setup_model_call(model, x, mask)
-    with padding(model, mask):
-        maker.forward_and_backward()
-    for module in (model.layer, model.head):
-        expected = ragged_factors(
-            module, lambda n: model(x[n : n + 1, : lengths[n]], mask[n : n + 1, : lengths[n]]), 3, shared_dim, CE
-        )
-        assert_equal(module.fisher.kron.A, expected.A)
-        assert_equal(module.fisher.kron.B, expected.B)
+    assert_factors_of_real_tokens(model, (model.layer, model.head), x, mask, lengths, shared_dim)
 
 
 @STRATEGIES
