@@ -1,4 +1,5 @@
-"""K-FAC-expand and K-FAC-reduce for ASDL: second-order training of networks with linear weight-sharing layers.
+"""K-FAC-expand and K-FAC-reduce for ASDL: second-order training of networks with linear
+weight-sharing layers.
 
 Importing this package is enough; every natural-gradient maker of ASDL then accepts ``shared_dim``::
 
@@ -6,30 +7,31 @@ Importing this package is enough; every natural-gradient maker of ASDL then acce
     gm = asdl.KfacGradientMaker(model, config, shared_dim='reduce')
 """
 
-from .registration import adopt_native_modules, is_native, require_asdl
+from .upstream import adopt_native_modules, is_native, require_asdl
 
 require_asdl()
 if is_native():
     adopt_native_modules()
 
-from . import converters, operations  # noqa: E402
-from ._version import __version__  # noqa: E402
-from .attention import MultiheadAttention  # noqa: E402
-from .convert import convert, register_converter, revert  # noqa: E402
-from .exactness import ApproximationError, approximation_error  # noqa: E402
-from .fisher_maker import FISHER_FORWARD_ONLY  # noqa: E402
-from .loss import LOSS_BINARY_CROSS_ENTROPY  # noqa: E402
-from .positions import (  # noqa: E402
+from .conversion.attention import MultiheadAttention  # noqa: E402
+from .conversion.convert import convert, register_converter, revert  # noqa: E402
+from .conversion.transformers import register_all as _register_converters  # noqa: E402
+from .diagnostics.exactness import ApproximationError, approximation_error  # noqa: E402
+from .diagnostics.report import Report, inspect  # noqa: E402
+from .upstream import register, unregister  # noqa: E402
+from .weight_sharing._version import __version__  # noqa: E402
+from .weight_sharing.fisher_maker import FISHER_FORWARD_ONLY  # noqa: E402
+from .weight_sharing.loss import LOSS_BINARY_CROSS_ENTROPY  # noqa: E402
+from .weight_sharing.operations import register_all as _register_operations  # noqa: E402
+from .weight_sharing.positions import (  # noqa: E402
     WeightSharingLinear,
     attach_padding,
     attach_segments,
     padding,
     segments,
 )
-from .ragged import Segments, set_backend  # noqa: E402
-from .registration import register, unregister  # noqa: E402
-from .registry import register_operation  # noqa: E402
-from .report import Report, inspect  # noqa: E402
+from .weight_sharing.ragged import Segments, set_backend  # noqa: E402
+from .weight_sharing.registry import register_operation  # noqa: E402
 
 __all__ = [
     "FISHER_FORWARD_ONLY",
@@ -57,6 +59,6 @@ __all__ = [
 
 
 if not is_native():
-    operations.register_all()
-converters.register_all()
+    _register_operations()
+_register_converters()
 register()

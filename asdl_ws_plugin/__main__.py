@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ._torchvision import make_importable
-from .convert import convert
-from .report import inspect
-from .rules import AUTO, BATCH_FIRST, SEQUENCE_FIRST
+from .conversion.convert import convert
+from .diagnostics.report import inspect
+from .weight_sharing.rules import AUTO, BATCH_FIRST, SEQUENCE_FIRST
 
 _EPILOG = """\
 examples:
@@ -31,14 +31,17 @@ class _Invalid(Exception):
 
 
 def load_model(spec: str) -> nn.Module:
-    """The model of ``timm:NAME``, ``torchvision:NAME`` (both without pretrained weights) or ``module:attribute``.
+    """The model of ``timm:NAME``, ``torchvision:NAME`` (both without pretrained weights) or
+    ``module:attribute``.
 
-    The attribute is a module, or a function or class that makes one when it is called without arguments. Raises
-    what :func:`main` prints.
+    The attribute is a module, or a function or class that makes one when it is called without
+    arguments. Raises what :func:`main` prints.
     """
     source, colon, name = spec.partition(":")
     if not (source and colon and name):
-        raise _Invalid(f"The model has to be timm:NAME, torchvision:NAME or module:attribute, got '{spec}'.")
+        raise _Invalid(
+            f"The model has to be timm:NAME, torchvision:NAME or module:attribute, got '{spec}'."
+        )
     if source in ("timm", "torchvision"):
         return _from_library(source, name)
     if os.getcwd() not in sys.path:
@@ -56,7 +59,10 @@ def load_model(spec: str) -> nn.Module:
         raise _Invalid(f"There is no '{name}' in '{source}': {error}.{close}") from error
     model = found if isinstance(found, nn.Module) else found() if callable(found) else found
     if not isinstance(model, nn.Module):
-        raise _Invalid(f"'{spec}' is {type(model).__name__}, not a torch.nn.Module or a function that makes one.")
+        raise _Invalid(
+            f"'{spec}' is {type(model).__name__}, not a torch.nn.Module or a function that makes "
+            "one."
+        )
     return model
 
 
@@ -77,7 +83,9 @@ def _from_library(library: str, name: str) -> nn.Module:
 
 
 def _close(name: str, known: Iterable[str]) -> str:
-    """`` Did you mean a, b or c?``, of the known names that are like this one; empty if there are none."""
+    """`` Did you mean a, b or c?``, of the known names that are like this one; empty if there are
+    none.
+    """
     close = difflib.get_close_matches(name, list(known), n=5)
     listed = " or ".join([", ".join(close[:-1]), close[-1]] if len(close) > 1 else close)
     return f" Did you mean {listed}?" if close else ""
@@ -86,7 +94,8 @@ def _close(name: str, known: Iterable[str]) -> str:
 def make_input(spec: str) -> tuple[str | None, Tensor]:
     """The keyword, or ``None``, and the random tensor of ``[KEYWORD=]SIZES[:DTYPE[:HIGH]]``.
 
-    ``2,3,224,224`` is standard normal; integers are drawn from 0 to HIGH - 1 (2 by default), ``bool`` is True.
+    ``2,3,224,224`` is standard normal; integers are drawn from 0 to HIGH - 1 (2 by default),
+    ``bool`` is True.
     """
     keyword, equals, rest = spec.rpartition("=")
     sizes_text, *options = rest.split(":")
@@ -97,10 +106,20 @@ def make_input(spec: str) -> tuple[str | None, Tensor]:
         high = int(options[1]) if len(options) > 1 else 2
     except ValueError:
         sizes, high = [], 0
-    if not sizes or min(sizes) < 1 or high < 1 or len(options) > 2 or (equals and not keyword.isidentifier()):
-        raise _Invalid(f"--input has to be like 2,3,224,224 or input_ids=2,16:int64:100, got '{spec}'.")
+    if (
+        not sizes
+        or min(sizes) < 1
+        or high < 1
+        or len(options) > 2
+        or (equals and not keyword.isidentifier())
+    ):
+        raise _Invalid(
+            f"--input has to be like 2,3,224,224 or input_ids=2,16:int64:100, got '{spec}'."
+        )
     if not isinstance(dtype, torch.dtype) or dtype.is_complex:
-        raise _Invalid(f"--input: '{dtype_name}' is no dtype of real numbers, as float32, int64 or bool are.")
+        raise _Invalid(
+            f"--input: '{dtype_name}' is no dtype of real numbers, as float32, int64 or bool are."
+        )
     if dtype is torch.bool:
         tensor = torch.ones(sizes, dtype=dtype)
     elif dtype.is_floating_point:
@@ -123,34 +142,49 @@ def shared_dim_of(values: Sequence[str]) -> str | list[Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m asdl_ws_plugin", description=__doc__, epilog=_EPILOG,
+        prog="python -m asdl_ws_plugin",
+        description=__doc__,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
-        "inspect", help="say what K-FAC sees of a model", epilog=_EPILOG,
+        "inspect",
+        help="say what K-FAC sees of a model",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run one forward pass and list every module with parameters: layout, approximation, memory; what "
         "is not seen, and why.",
     )
-    command.add_argument("model", help="timm:NAME, torchvision:NAME, or module:attribute (a model or its factory)")
     command.add_argument(
-        "--input", action="append", required=True, metavar="[KEYWORD=]SIZES[:DTYPE[:HIGH]]",
+        "model", help="timm:NAME, torchvision:NAME, or module:attribute (a model or its factory)"
+    )
+    command.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="[KEYWORD=]SIZES[:DTYPE[:HIGH]]",
         help="an argument of the model, filled with random numbers: 2,3,224,224 or 2,16:int64:100; may be repeated",
     )
     command.add_argument(
-        "--shared-dim", action="append", metavar="[NAME=]VALUE[,LAYOUT]",
+        "--shared-dim",
+        action="append",
+        metavar="[NAME=]VALUE[,LAYOUT]",
         help=f"as the gradient maker's shared_dim (default: {AUTO}); head=expand or decoder=reduce,{SEQUENCE_FIRST} "
         f"(or {BATCH_FIRST}) is a rule for layers; may be repeated",
     )
-    command.add_argument("--convert", action="store_true", help="call asdl_ws_plugin.convert on the model before")
+    command.add_argument(
+        "--convert", action="store_true", help="call asdl_ws_plugin.convert on the model before"
+    )
     command.add_argument("--eval", action="store_true", help="look at it in evaluation mode")
     command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 for what cannot be done, with the reason on stderr."""
+    """Run a command; returns the exit status: 0, or 2 for what cannot be done, with the reason on
+    stderr.
+    """
     options = _parser().parse_args(arguments)
     torch.manual_seed(0)
     try:
@@ -162,11 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.eval()
         args = [tensor for keyword, tensor in inputs if keyword is None]
         kwargs = {keyword: tensor for keyword, tensor in inputs if keyword is not None}
-        report = inspect(model, *args, shared_dim=shared_dim_of(options.shared_dim or [AUTO]), **kwargs)
+        report = inspect(
+            model, *args, shared_dim=shared_dim_of(options.shared_dim or [AUTO]), **kwargs
+        )
     except _Invalid as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Exception as error:  # the user's model may raise anything; a traceback into it tells less than this
+    except (
+        Exception
+    ) as error:  # the user's model may raise anything; a traceback into it tells less than this
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     print(report.to_json() if options.json else report)

@@ -1,4 +1,6 @@
-"""Import torchvision (and timm, which needs it) beside a build of torch that its wheel was not made for."""
+"""Import torchvision (and timm, which needs it) beside a build of torch that its wheel was not made
+for.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ __all__ = ["make_importable"]
 
 
 def make_importable() -> None:
-    """Declare the operators that a CUDA build of torchvision misses in a CPU build of torch, if it misses them.
+    """Declare the operators that a CUDA build of torchvision misses in a CPU build of torch, if it
+    misses them.
 
-    Only their signatures are needed to import it; calling them still fails. Does nothing where torchvision imports.
+    Only their signatures are needed to import it; calling them still fails. Does nothing where
+    torchvision imports.
     """
     if importlib.util.find_spec("torchvision") is None:
         return
@@ -24,5 +28,7 @@ def make_importable() -> None:
             "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         ):
-            torch.library.define(f"torchvision::{operator.split('(')[0]}", f"({operator.split('(', 1)[1]}")
+            torch.library.define(
+                f"torchvision::{operator.split('(')[0]}", f"({operator.split('(', 1)[1]}"
+            )
         importlib.import_module("torchvision")

@@ -1,6 +1,8 @@
-"""K-FAC-expand and -reduce written out by hand for a ViT of ``nn.Linear`` layers and one patch embedding.
+"""K-FAC-expand and -reduce written out by hand for a ViT of ``nn.Linear`` layers and one patch
+embedding.
 
-The yardstick of ``step_time.py``: the same arithmetic as the plugin's, with nothing around it. No ASDL, no plugin, no
+The yardstick of ``step_time.py``: the same arithmetic as the plugin's, with nothing around it. No
+ASDL, no plugin, no
 checks; batch first, cross-entropy, mean reduction and nothing else.
 """
 
@@ -24,7 +26,8 @@ class BareKfac:
         setting: ``'expand'`` or ``'reduce'``.
         empirical: whether B is made of the loss's own gradient; else of one Monte-Carlo sample.
         damping: λ, shared between the two factors as pi damping does.
-        decay: weight of the new factors in the moving average, which starts from zero (ASDL's ``ema_decay``).
+        decay: weight of the new factors in the moving average, which starts from zero (ASDL's
+            ``ema_decay``).
         parts: where the time of each part is noted.
 
     Attributes:
@@ -32,7 +35,13 @@ class BareKfac:
     """
 
     def __init__(
-        self, model: nn.Module, setting: str, empirical: bool, damping: float, decay: float, parts: Parts
+        self,
+        model: nn.Module,
+        setting: str,
+        empirical: bool,
+        damping: float,
+        decay: float,
+        parts: Parts,
     ) -> None:
         self.model, self.reduce, self.empirical = model, setting == "reduce", empirical
         self.damping, self.decay, self.part = damping, decay, parts
@@ -77,7 +86,8 @@ class BareKfac:
                     sampled = torch.softmax(logits, -1)
                     labels = torch.multinomial(sampled, 1)
                     sampled.scatter_add_(1, labels, -torch.ones_like(labels, dtype=sampled.dtype))
-                # The patch embedding comes first, so a pass up to its output meets the outputs of all other layers.
+                # The patch embedding comes first, so a pass up to its output meets the outputs of
+                # all other layers.
                 torch.autograd.grad(logits, self._first, sampled, retain_graph=True)
             for handle in self._on_gradient:
                 handle.remove()
@@ -87,7 +97,8 @@ class BareKfac:
 
     def _on_forward(self, m: nn.Module, args: Any, out: Tensor) -> None:
         self._add_A(m, args[0].detach())
-        # The gradient of the mean loss is 1/N of the summed loss's; a sample's is that of the sum already.
+        # The gradient of the mean loss is 1/N of the summed loss's; a sample's is that of the sum
+        # already.
         scale = out.shape[0] if self.empirical else 1 / out.shape[0]
         self._on_gradient.append(out.register_hook(lambda grad: self._add_B(m, grad, scale)))
         self._first = out if self._first is None else self._first
@@ -118,7 +129,8 @@ class BareKfac:
             A, B = self.A[m], self.B[m]
             pi = torch.sqrt(A.diagonal().mean() / B.diagonal().mean())
             self.inverse[m] = (
-                _damped_inverse(A, self.damping**0.5 * pi), _damped_inverse(B, self.damping**0.5 / pi)
+                _damped_inverse(A, self.damping**0.5 * pi),
+                _damped_inverse(B, self.damping**0.5 / pi),
             )
 
     @torch.no_grad()

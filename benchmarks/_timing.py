@@ -1,4 +1,6 @@
-"""Measuring: parts of a step, kinds of steps alternated between contenders, peak memory, and tables of the results."""
+"""Measuring: parts of a step, kinds of steps alternated between contenders, peak memory, and tables
+of the results.
+"""
 
 from __future__ import annotations
 
@@ -94,9 +96,12 @@ _NOTHING = contextlib.nullcontext()
 
 
 def alternate(
-    contenders: Mapping[str, Mapping[str, Callable[[], Any]]], rounds: int, on_step: Callable[[str], None] | None = None
+    contenders: Mapping[str, Mapping[str, Callable[[], Any]]],
+    rounds: int,
+    on_step: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Time every kind of step of every contender once a round, so that a slow spell of the machine hits all alike.
+    """Time every kind of step of every contender once a round, so that a slow spell of the machine
+    hits all alike.
 
     Args:
         contenders: name -> kind of step -> function that makes such a step.
@@ -121,7 +126,9 @@ def alternate(
 
 def weighted(times: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> float:
     """Seconds of an average step: the kinds' medians, weighted with how often each kind occurs."""
-    return sum(weights[kind] * statistics.median(times[kind]) for kind in times) / sum(weights[kind] for kind in times)
+    return sum(weights[kind] * statistics.median(times[kind]) for kind in times) / sum(
+        weights[kind] for kind in times
+    )
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -131,7 +138,8 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def peak_memory_mib(prepare: Callable[[], Callable[[], Any]], steps: int) -> float:
-    """How far the peak of some steps is above what the process (or the GPU) held before the first, in MiB.
+    """How far the peak of some steps is above what the process (or the GPU) held before the first,
+    in MiB.
 
     On the CPU this is of the whole process, so it has to be a fresh one (:func:`in_fresh_process`).
     """
@@ -152,7 +160,9 @@ def peak_memory_mib(prepare: Callable[[], Callable[[], Any]], steps: int) -> flo
 def _resident(what: str) -> int:
     """Bytes of resident memory: ``VmRSS`` now, ``VmHWM`` at its highest."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage would count what the parent process held when it started this one
+    if (
+        status.exists()
+    ):  # getrusage would count what the parent process held when it started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith(what))
         return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024

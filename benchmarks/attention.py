@@ -3,9 +3,10 @@
     python benchmarks/attention.py            # some minutes on two cores
     python benchmarks/attention.py --quick    # smaller models, to see whether it runs
 
-A step is forward, backward and NAdam. Original and converted model take turns in one process, the order reversed from
-round to round, so a slow spell of the machine meets both; the numbers are medians of the steps, and the ratio is the
-median of the rounds' ratios. The targets: 1.1 for the attention drop-in by itself, 1.05 for a converted model.
+A step is forward, backward and NAdam. Original and converted model take turns in one process, the
+order reversed from round to round, so a slow spell of the machine meets both; the numbers are
+medians of the steps, and the ratio is the median of the rounds' ratios. The targets: 1.1 for the
+attention drop-in by itself, 1.05 for a converted model.
 """
 
 from __future__ import annotations
@@ -55,24 +56,39 @@ def attention(quick: bool, **options: Any) -> tuple[nn.Module, Tensor]:
 def encoder(quick: bool) -> tuple[nn.Module, Tensor]:
     width, batch = (48, 8) if quick else (192, 32)
     layer = nn.TransformerEncoderLayer(width, 3, 4 * width, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(batch, 64, width)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(
+        batch, 64, width
+    )
 
 
 def torchvision_vit(quick: bool) -> tuple[nn.Module, Tensor]:
     from torchvision.models import VisionTransformer
 
     width, batch = (48, 4) if quick else (192, 32)
-    model = VisionTransformer(64, 8, num_layers=2, num_heads=3, hidden_dim=width, mlp_dim=4 * width, num_classes=100)
+    model = VisionTransformer(
+        64, 8, num_layers=2, num_heads=3, hidden_dim=width, mlp_dim=4 * width, num_classes=100
+    )
     return model, torch.randn(batch, 3, 64, 64)
 
 
 def torchvision_swin(quick: bool) -> tuple[nn.Module, Tensor]:
-    from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
+    from torchvision.models.swin_transformer import (
+        PatchMergingV2,
+        SwinTransformer,
+        SwinTransformerBlockV2,
+    )
 
     width, batch = (24, 2) if quick else (96, 8)
     model = SwinTransformer(
-        [4, 4], width, depths=[2], num_heads=[3], window_size=[8, 8], num_classes=100, block=SwinTransformerBlockV2,
-        downsample_layer=PatchMergingV2, stochastic_depth_prob=0.0,
+        [4, 4],
+        width,
+        depths=[2],
+        num_heads=[3],
+        window_size=[8, 8],
+        num_classes=100,
+        block=SwinTransformerBlockV2,
+        downsample_layer=PatchMergingV2,
+        stochastic_depth_prob=0.0,
     )
     return model, torch.randn(batch, 3, 64, 64)
 
@@ -82,7 +98,13 @@ def timm_vit(quick: bool) -> tuple[nn.Module, Tensor]:
 
     width, batch = (48, 4) if quick else (192, 32)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=width, depth=2, num_heads=3, num_classes=100
+        "vit_tiny_patch16_224",
+        img_size=64,
+        patch_size=8,
+        embed_dim=width,
+        depth=2,
+        num_heads=3,
+        num_classes=100,
     )
     return model, torch.randn(batch, 3, 64, 64)
 
@@ -91,14 +113,26 @@ def gpt2(quick: bool) -> tuple[nn.Module, Tensor]:
     from transformers import GPT2Config, GPT2Model
 
     width, batch = (48, 4) if quick else (192, 32)
-    config = GPT2Config(vocab_size=100, n_embd=width, n_layer=2, n_head=3, n_positions=64, bos_token_id=0,
-                        eos_token_id=1, use_cache=False)
+    config = GPT2Config(
+        vocab_size=100,
+        n_embd=width,
+        n_layer=2,
+        n_head=3,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        use_cache=False,
+    )
     return GPT2Model(config), torch.randint(0, 100, (batch, 64))
 
 
 Maker = Callable[[bool], tuple[nn.Module, Tensor]]
 CASES: dict[str, tuple[Maker, dict[str, Any], float]] = {
-    "nn.MultiheadAttention": (lambda quick: attention(quick, need_weights=False), {}, ATTENTION_TARGET),
+    "nn.MultiheadAttention": (
+        lambda quick: attention(quick, need_weights=False),
+        {},
+        ATTENTION_TARGET,
+    ),
     "  with attention weights": (attention, {}, ATTENTION_TARGET),
     "nn.TransformerEncoder": (encoder, {}, MODEL_TARGET),
     "torchvision ViT": (torchvision_vit, {}, MODEL_TARGET),
@@ -122,14 +156,17 @@ def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def measure(name: str, quick: bool, rounds: int, on_step: Callable[[str], None]) -> tuple[float, float, float]:
+def measure(
+    name: str, quick: bool, rounds: int, on_step: Callable[[str], None]
+) -> tuple[float, float, float]:
     """Seconds of the original's step and of the converted model's, and the median ratio."""
     make, options, _ = CASES[name]
     torch.manual_seed(0)
     original, x = make(quick)
     converted = convert(copy.deepcopy(original), **options)
     contenders = {
-        "original": {"step": training_step(original, x)}, "converted": {"step": training_step(converted, x)}
+        "original": {"step": training_step(original, x)},
+        "converted": {"step": training_step(converted, x)},
     }
     alternate(contenders, 2)  # warm up
     times = alternate(contenders, rounds, on_step)
@@ -139,7 +176,9 @@ def measure(name: str, quick: bool, rounds: int, on_step: Callable[[str], None])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="smaller models and few rounds")
     parser.add_argument("--rounds", type=int, help="steps of each model (default: 40)")
     parser.add_argument("--threads", type=int, default=2)
@@ -151,17 +190,25 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make_importable()
-    table = Table(title=f"A training step, {args.threads} threads, medians of {rounds} alternating steps")
+    table = Table(
+        title=f"A training step, {args.threads} threads, medians of {rounds} alternating steps"
+    )
     for column in ("", "original ms", "converted ms", "ratio", "target"):
         table.add_column(column, justify="right" if column else "left")
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("timing", total=2 * rounds * len(args.only))
         for name in args.only:
-            before, after, ratio = measure(name, args.quick, rounds, lambda _: progress.advance(task))
+            before, after, ratio = measure(
+                name, args.quick, rounds, lambda _: progress.advance(task)
+            )
             target = CASES[name][2]
             color = "green" if ratio <= target else "red"
             table.add_row(
-                name, f"{before * 1e3:.1f}", f"{after * 1e3:.1f}", f"[{color}]{ratio:.3f}[/]", f"{target:.2f}"
+                name,
+                f"{before * 1e3:.1f}",
+                f"{after * 1e3:.1f}",
+                f"[{color}]{ratio:.3f}[/]",
+                f"{target:.2f}",
             )
     console.print(table)
 

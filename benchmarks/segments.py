@@ -2,9 +2,10 @@
 
     python benchmarks/segments.py
 
-A batch of 100,000 rows of width 256 (102 MB in float32) that belong to graphs of 5 to 45 rows each, sorted by graph as
-PyTorch Geometric has them or shuffled, beside one pass over the same data, ``x.sum(0)``. Both backends, and the growth
-in the number of rows. Contenders are alternated; the fastest of several runs counts, as a busy machine only adds time.
+A batch of 100,000 rows of width 256 (102 MB in float32) that belong to graphs of 5 to 45 rows each,
+sorted by graph as PyTorch Geometric has them or shuffled, beside one pass over the same data,
+``x.sum(0)``. Both backends, and the growth in the number of rows. Contenders are alternated; the
+fastest of several runs counts, as a busy machine only adds time.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def contenders(x: Tensor) -> dict[Any, Callable[[], Any]]:
         rows = rows_of_graphs(len(x), is_sorted, x.device)
         for backend in BACKENDS:
             for reduction in ("sum", "mean"):
-                def run(rows: Segments = rows, backend: str = backend, reduction: str = reduction) -> Tensor:
+
+                def run(
+                    rows: Segments = rows, backend: str = backend, reduction: str = reduction
+                ) -> Tensor:
                     previous = asdl_ws_plugin.set_backend(backend)
                     try:
                         return getattr(rows, reduction)(x)
@@ -70,7 +74,9 @@ def contenders(x: Tensor) -> dict[Any, Callable[[], Any]]:
 
 def main(arguments: list[str] | None = None) -> dict[Any, float]:
     """Print the tables; returns the ratios to one pass over the data of the first size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=25)
@@ -85,9 +91,20 @@ def main(arguments: list[str] | None = None) -> dict[Any, float]:
     for num_rows in sizes:
         x = torch.randn(num_rows, options.width, device=options.device)
         results[num_rows] = fastest(contenders(x), options.repeats)
-    table = Table(title=f"Milliseconds, width {options.width}, {options.threads} threads, {options.device}")
-    for header in ("backend", "rows are", "reduction", *(f"{n:,} rows" for n in sizes), "to one pass", "growth"):
-        table.add_column(header, justify="left" if header in ("backend", "rows are", "reduction") else "right")
+    table = Table(
+        title=f"Milliseconds, width {options.width}, {options.threads} threads, {options.device}"
+    )
+    for header in (
+        "backend",
+        "rows are",
+        "reduction",
+        *(f"{n:,} rows" for n in sizes),
+        "to one pass",
+        "growth",
+    ):
+        table.add_column(
+            header, justify="left" if header in ("backend", "rows are", "reduction") else "right"
+        )
     first, ratios = results[sizes[0]], {}
     for name, value in first.items():
         labels = (name, "", "") if isinstance(name, str) else name
@@ -98,8 +115,8 @@ def main(arguments: list[str] | None = None) -> dict[Any, float]:
         table.add_row(*labels, *times, f"{color}{ratios[name]:.2f}", f"{growth:.2f}")
     console.print(table)
     console.print(
-        f"Allowed: {LIMIT} of one pass. Growth is that of the time over that of the rows: 1 is linear. The order of"
-        " shuffled rows is found once for a batch, and is not measured here."
+        f"Allowed: {LIMIT} of one pass. Growth is that of the time over that of the rows: 1 is "
+        "linear. The order of shuffled rows is found once for a batch, and is not measured here."
     )
     return ratios
 

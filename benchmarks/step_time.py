@@ -1,19 +1,22 @@
-"""What a K-FAC step costs: the plugin beside the same arithmetic written by hand, stock ASDL, and plain NAdam.
+"""What a K-FAC step costs: the plugin beside the same arithmetic written by hand, stock ASDL, and
+plain NAdam.
 
     python benchmarks/step_time.py            # takes minutes
     python benchmarks/step_time.py --quick    # a smaller model, to see whether it runs
 
-A timm ViT (depth 6, width 192, 64 tokens, 100 classes, batches of 128) is trained by NAdam, LayerNorms ignored, with
-the curvature updated on every step and the inverses on every tenth ("10/100": every 10th and every 100th). Every
-contender runs through ASDL with ``shared_dim`` ("plugin") and as a hand-written loop ("bare",
-``_bare_kfac.py``); that both compute the same factors and gradients is checked first. Without ``shared_dim`` it runs
-through ASDL as it is ("stock": the same Fisher type and intervals, all positions flattened with the wrong scale).
+A timm ViT (depth 6, width 192, 64 tokens, 100 classes, batches of 128) is trained by NAdam,
+LayerNorms ignored, with the curvature updated on every step and the inverses on every tenth
+("10/100": every 10th and every 100th). Every contender runs through ASDL with ``shared_dim``
+("plugin") and as a hand-written loop ("bare", ``_bare_kfac.py``); that both compute the same
+factors and gradients is checked first. Without ``shared_dim`` it runs through ASDL as it is
+("stock": the same Fisher type and intervals, all positions flattened with the wrong scale).
 
-A step is one of up to three kinds: with new curvature and new inverses, with new curvature only, with neither. In
-every round each contender makes one step of each kind, so a slow spell of the machine meets all of them; the order
-reverses from round to round. The time of an average step is made of the kinds' medians, weighted with how often
-each occurs in the schedule: a median over a schedule as it runs would leave out the inverse, which falls on every tenth
-step only. Peak memory is how far a process of its own grows over some steps beyond what it held before the first.
+A step is one of up to three kinds: with new curvature and new inverses, with new curvature only,
+with neither. In every round each contender makes one step of each kind, so a slow spell of the
+machine meets all of them; the order reverses from round to round. The time of an average step is
+made of the kinds' medians, weighted with how often each occurs in the schedule: a median over a
+schedule as it runs would leave out the inverse, which falls on every tenth step only. Peak memory
+is how far a process of its own grows over some steps beyond what it held before the first.
 """
 
 from __future__ import annotations
@@ -39,15 +42,17 @@ from torch import Tensor, nn
 
 import asdl_ws_plugin
 from asdl_ws_plugin._torchvision import make_importable
-from asdl_ws_plugin.batch import Batch
-from asdl_ws_plugin.fisher_maker import WeightSharingFisherMaker
+from asdl_ws_plugin.weight_sharing.batch import Batch
+from asdl_ws_plugin.weight_sharing.fisher_maker import WeightSharingFisherMaker
 
 DAMPING, EMA_DECAY, LEARNING_RATE = 1e-3, 0.05, 1e-4
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of K-FAC, and the targets for its step: at most ``target`` times a plain NAdam step."""
+    """One way of K-FAC, and the targets for its step: at most ``target`` times a plain NAdam
+    step.
+    """
 
     setting: str
     fisher_type: str
@@ -105,8 +110,14 @@ class Workload:
         torch.manual_seed(0)
         self.part = parts or Parts()
         self.model = VisionTransformer(
-            img_size=size.image, patch_size=size.patch, num_classes=size.classes, embed_dim=size.width,
-            depth=size.depth, num_heads=3, global_pool="avg", class_token=False,
+            img_size=size.image,
+            patch_size=size.patch,
+            num_classes=size.classes,
+            embed_dim=size.width,
+            depth=size.depth,
+            num_heads=3,
+            global_pool="avg",
+            class_token=False,
         ).to(size.device)
         self.optimizer = torch.optim.NAdam(self.model.parameters(), lr=LEARNING_RATE)
         self.x = torch.randn(size.batch, 3, size.image, size.image, device=size.device)
@@ -124,16 +135,24 @@ class Workload:
             loss.backward()
         self._update()
 
-    def by_plugin(self, contender: Contender, stock: bool = False) -> tuple[Any, Callable[[str], None]]:
-        """The gradient maker, and a function that makes a step of a kind. ``stock``: as if there were no plugin."""
+    def by_plugin(
+        self, contender: Contender, stock: bool = False
+    ) -> tuple[Any, Callable[[str], None]]:
+        """The gradient maker, and a function that makes a step of a kind. ``stock``: as if there
+        were no plugin.
+        """
         config = asdl.PreconditioningConfig(
-            damping=DAMPING, ema_decay=EMA_DECAY, ignore_modules=[nn.LayerNorm],
+            damping=DAMPING,
+            ema_decay=EMA_DECAY,
+            ignore_modules=[nn.LayerNorm],
             curvature_upd_interval=contender.curvature_interval,
             preconditioner_upd_interval=contender.inverse_interval,
             **({"data_size": len(self.x)} if stock else {}),
         )
         maker = asdl.KfacGradientMaker(
-            self.model, config, fisher_type=contender.fisher_type,
+            self.model,
+            config,
+            fisher_type=contender.fisher_type,
             shared_dim=None if stock else contender.setting,
         )
 
@@ -150,7 +169,12 @@ class Workload:
     def by_hand(self, contender: Contender) -> tuple[BareKfac, Callable[[str], None]]:
         """The hand-written loop, and a function that makes a step of a kind."""
         bare = BareKfac(
-            self.model, contender.setting, contender.fisher_type == "fisher_emp", DAMPING, EMA_DECAY, self.part
+            self.model,
+            contender.setting,
+            contender.fisher_type == "fisher_emp",
+            DAMPING,
+            EMA_DECAY,
+            self.part,
         )
 
         def step(kind: str, update: bool = True) -> None:
@@ -162,7 +186,9 @@ class Workload:
 
 
 def check_same(size: Size, contender: Contender) -> float:
-    """Raise an AssertionError unless plugin and hand-written loop agree; return the gradients' relative difference."""
+    """Raise an AssertionError unless plugin and hand-written loop agree; return the gradients'
+    relative difference.
+    """
     by_plugin, by_hand = Workload(size), Workload(size)
     _, plugin_step = by_plugin.by_plugin(contender)
     bare, bare_step = by_hand.by_hand(contender)
@@ -179,27 +205,44 @@ def check_same(size: Size, contender: Contender) -> float:
         if module in bare.A:
             kron = modules[name].fisher.kron
             for ours, theirs in ((kron.A, bare.A[module]), (kron.B, bare.B[module])):
-                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max()))
+                torch.testing.assert_close(
+                    ours, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max())
+                )
     difference = norm = torch.zeros(())
     for p, q in zip(by_plugin.model.parameters(), by_hand.model.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
-        difference, norm = difference + (p.grad - q.grad).square().sum(), norm + q.grad.square().sum()
+        difference, norm = (
+            difference + (p.grad - q.grad).square().sum(),
+            norm + q.grad.square().sum(),
+        )
     relative = float((difference / norm).sqrt())
-    assert relative < 1e-3, f"the gradients of plugin and hand-written loop differ by {relative:.1e}"
+    assert relative < 1e-3, (
+        f"the gradients of plugin and hand-written loop differ by {relative:.1e}"
+    )
     return relative
 
 
 @contextmanager
 def plugin_parts(part: Parts) -> Iterator[None]:
-    """Note where the plugin's time goes: the same parts as the hand-written loop's, and ``other``."""
+    """Note where the plugin's time goes: the same parts as the hand-written loop's, and
+    ``other``.
+    """
     maker, batch = WeightSharingFisherMaker, Batch
     natural = asdl.NaturalGradientMaker
     places: list[tuple[Any, str, str]] = [
-        (maker, "_forward", "forward"), (natural, "forward", "forward"), (batch, "take_inputs", "A"),
-        (batch, "take_output_grads", "second backward"), (batch, "_process", "B"), (Tensor, "backward", "backward"),
-        (natural, "update_preconditioner", "inverse"), (natural, "precondition", "precondition"),
+        (maker, "_forward", "forward"),
+        (natural, "forward", "forward"),
+        (batch, "take_inputs", "A"),
+        (batch, "take_output_grads", "second backward"),
+        (batch, "_process", "B"),
+        (Tensor, "backward", "backward"),
+        (natural, "update_preconditioner", "inverse"),
+        (natural, "precondition", "precondition"),
     ]
-    patches = [mock.patch.object(owner, name, _method(part, label, owner, name)) for owner, name, label in places]
+    patches = [
+        mock.patch.object(owner, name, _method(part, label, owner, name))
+        for owner, name, label in places
+    ]
     for patch in patches:
         patch.start()
     try:
@@ -239,7 +282,17 @@ def memory(size: Size, name: str, by: str) -> float:
     return peak_memory_mib(prepare(size, name, by), steps=3)
 
 
-PARTS = ("forward", "backward", "second backward", "A", "B", "inverse", "precondition", "optimizer", "other")
+PARTS = (
+    "forward",
+    "backward",
+    "second backward",
+    "A",
+    "B",
+    "inverse",
+    "precondition",
+    "optimizer",
+    "other",
+)
 
 
 def measure_parts(size: Size, name: str, rounds: int) -> dict[str, dict[str, float]]:
@@ -261,9 +314,13 @@ def measure_parts(size: Size, name: str, rounds: int) -> dict[str, dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a smaller model and few rounds")
-    parser.add_argument("--rounds", type=int, help="rounds of every contender and kind of step (default: 12)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of every contender and kind of step (default: 12)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="'cpu' or 'cuda'")
     parser.add_argument("--only", choices=list(CONTENDERS), nargs="*", default=list(CONTENDERS))
@@ -271,27 +328,35 @@ def main() -> None:
     args = parser.parse_args()
     size = Size(threads=args.threads, device=args.device)
     if args.quick:
-        size = Size(depth=2, width=48, batch=16, classes=10, threads=args.threads, device=args.device)
+        size = Size(
+            depth=2, width=48, batch=16, classes=10, threads=args.threads, device=args.device
+        )
     rounds = args.rounds or (2 if args.quick else 12)
     torch.set_num_threads(size.threads)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
     console.print(
-        f"ViT depth {size.depth}, width {size.width}, {(size.image // size.patch) ** 2} tokens, batch {size.batch}, "
-        f"{size.classes} classes; {size.device}, {size.threads} threads; torch {torch.__version__}, "
-        f"asdl_ws_plugin {asdl_ws_plugin.__version__}; {rounds} rounds"
+        f"ViT depth {size.depth}, width {size.width}, {(size.image // size.patch) ** 2} tokens, "
+        f"batch {size.batch}, {size.classes} classes; {size.device}, {size.threads} threads; torch "
+        f"{torch.__version__}, asdl_ws_plugin {asdl_ws_plugin.__version__}; {rounds} rounds"
     )
     for name in args.only:
         relative = check_same(size, CONTENDERS[name])
         console.print(f"{name}: plugin and hand-written loop agree, gradients to {relative:.0e}")
 
-    contenders: dict[str, dict[str, Callable[[], Any]]] = {"plain": {"neither": Workload(size).plain}}
+    contenders: dict[str, dict[str, Callable[[], Any]]] = {
+        "plain": {"neither": Workload(size).plain}
+    }
     for name in args.only:
         for who in ("plugin", "bare"):
             workload = Workload(size)
-            _, step = (workload.by_plugin if who == "plugin" else workload.by_hand)(CONTENDERS[name])
-            contenders[f"{name}/{who}"] = {kind: functools.partial(step, kind) for kind in CONTENDERS[name].kinds}
+            _, step = (workload.by_plugin if who == "plugin" else workload.by_hand)(
+                CONTENDERS[name]
+            )
+            contenders[f"{name}/{who}"] = {
+                kind: functools.partial(step, kind) for kind in CONTENDERS[name].kinds
+            }
         if CONTENDERS[name].stock not in contenders:
             _, step = Workload(size).by_plugin(CONTENDERS[name], stock=True)
             contenders[CONTENDERS[name].stock] = {
@@ -299,31 +364,64 @@ def main() -> None:
             }
     with Progress(console=console, transient=True) as progress:
         alternate(contenders, 1)  # warm up
-        task = progress.add_task("timing", total=rounds * sum(len(kinds) for kinds in contenders.values()))
+        task = progress.add_task(
+            "timing", total=rounds * sum(len(kinds) for kinds in contenders.values())
+        )
         times = alternate(contenders, rounds, lambda name: progress.advance(task))
     del contenders
 
     plain = statistics.median(times["plain"]["neither"])
     table = Table(title="A training step (medians; weighted by the schedule)")
-    for column in ("", "plugin ms", "bare ms", "plugin / bare", "target", "plugin / NAdam", "target", "stock ms",
-                   "stock / plugin", "plugin MiB", "bare MiB"):
+    for column in (
+        "",
+        "plugin ms",
+        "bare ms",
+        "plugin / bare",
+        "target",
+        "plugin / NAdam",
+        "target",
+        "stock ms",
+        "stock / plugin",
+        "plugin MiB",
+        "bare MiB",
+    ):
         table.add_column(column, justify="right" if column else "left")
 
     def mib(name: str, by: str) -> str:
         return "-" if args.no_memory else f"{in_fresh_process(memory, size, name, by):.0f}"
 
     with console.status("peak memory"):
-        table.add_row("plain NAdam", "", f"{plain * 1e3:.0f}", "", "", "1.00", "", "", "", "", mib("", "plain"))
+        table.add_row(
+            "plain NAdam",
+            "",
+            f"{plain * 1e3:.0f}",
+            "",
+            "",
+            "1.00",
+            "",
+            "",
+            "",
+            "",
+            mib("", "plain"),
+        )
         for name in args.only:
             contender = CONTENDERS[name]
-            ours, theirs = (weighted(times[f"{name}/{who}"], contender.kinds) for who in ("plugin", "bare"))
+            ours, theirs = (
+                weighted(times[f"{name}/{who}"], contender.kinds) for who in ("plugin", "bare")
+            )
             stock = weighted(times[contender.stock], contender.kinds)
             table.add_row(
-                name, f"{ours * 1e3:.0f}", f"{theirs * 1e3:.0f}",
-                _judged(ours / theirs, OVERHEAD_TARGET), f"{OVERHEAD_TARGET}",
-                _judged(ours / plain, contender.target), f"{contender.target}",
-                f"{stock * 1e3:.0f}", f"{stock / ours:.2f}",
-                mib(name, "plugin"), mib(name, "bare"),
+                name,
+                f"{ours * 1e3:.0f}",
+                f"{theirs * 1e3:.0f}",
+                _judged(ours / theirs, OVERHEAD_TARGET),
+                f"{OVERHEAD_TARGET}",
+                _judged(ours / plain, contender.target),
+                f"{contender.target}",
+                f"{stock * 1e3:.0f}",
+                f"{stock / ours:.2f}",
+                mib(name, "plugin"),
+                mib(name, "bare"),
             )
     console.print(table)
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 __all__ = ["Run", "Stopwatch", "console", "figure", "progress_bars", "table"]
@@ -63,7 +70,9 @@ class Run:
         self.values.append(value)
 
     def reached(self, target: float) -> tuple[int, float] | None:
-        """Step and seconds of the first evaluation that reached the target; ``None`` if none did."""
+        """Step and seconds of the first evaluation that reached the target; ``None`` if none
+        did.
+        """
         for step, seconds, value in zip(self.steps, self.seconds, self.values, strict=True):
             if value <= target if self.lower_is_better else value >= target:
                 return step, seconds
@@ -71,7 +80,8 @@ class Run:
 
 
 def progress_bars(console: Console, metric: str, form: str = ".2%") -> Progress:
-    """Progress bars with a column for the metric: ``add_task(name, total=steps, value=0.0)``, ``update(..., value=)``.
+    """Progress bars with a column for the metric: ``add_task(name, total=steps, value=0.0)``,
+    ``update(..., value=)``.
 
     ``form`` is the metric's format, here and below.
     """
@@ -91,19 +101,33 @@ def table(runs: Sequence[Run], title: str, metric: str, target: float, form: str
     result = Table(title=title)
     result.add_column("")
     goal = f"{target:{form}}"
-    for header in (f"steps to {goal}", f"seconds to {goal}", f"final {metric}", *runs[0].final, "ms per step"):
+    for header in (
+        f"steps to {goal}",
+        f"seconds to {goal}",
+        f"final {metric}",
+        *runs[0].final,
+        "ms per step",
+    ):
         result.add_column(header, justify="right")
     for run in runs:
         reached = run.reached(target)
         steps, seconds = (f"{reached[0]}", f"{reached[1]:.1f}") if reached else ("not reached", "")
         milliseconds = f"{1e3 * statistics.mean(run.laps):.1f}" if run.laps else ""
-        result.add_row(run.name, steps, seconds, f"{run.values[-1]:{form}}", *run.final.values(), milliseconds)
+        result.add_row(
+            run.name, steps, seconds, f"{run.values[-1]:{form}}", *run.final.values(), milliseconds
+        )
     return result
 
 
 def figure(
-    runs: Sequence[Run], path: Path, title: str, metric: str, target: float, lowest: float = 0.0,
-    highest: float = 1.005, form: str = ".2%",
+    runs: Sequence[Run],
+    path: Path,
+    title: str,
+    metric: str,
+    target: float,
+    lowest: float = 0.0,
+    highest: float = 1.005,
+    form: str = ".2%",
 ) -> None:
     """Draw the metric over steps and over seconds, with the target, and save it to ``path``."""
     import matplotlib
@@ -119,8 +143,12 @@ def figure(
             (line,) = panel.plot(getattr(run, attribute), run.values, label=run.name)
             reached = run.reached(target)
             if reached:
-                panel.plot(reached[attribute == "seconds"], target, "o", color=line.get_color(), zorder=3)
-        panel.axhline(target, color="0.5", linewidth=0.8, linestyle="--", label=f"target {target:{form}}")
+                panel.plot(
+                    reached[attribute == "seconds"], target, "o", color=line.get_color(), zorder=3
+                )
+        panel.axhline(
+            target, color="0.5", linewidth=0.8, linestyle="--", label=f"target {target:{form}}"
+        )
         panel.set_xlabel(label)
         panel.set_xlim(left=0)
         panel.grid(alpha=0.3)

@@ -26,9 +26,14 @@ class Baseline(Protocol):
 def nadamw(
     model: nn.Module, settings: Baseline, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """NAdam with decoupled weight decay; a linear warm-up, then a cosine to zero at the last step."""
+    """NAdam with decoupled weight decay; a linear warm-up, then a cosine to zero at the last
+    step.
+    """
     optimizer = torch.optim.NAdam(
-        model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
+        model.parameters(),
+        lr=settings.lr,
+        betas=(0.9, settings.beta2),
+        weight_decay=settings.weight_decay,
         decoupled_weight_decay=True,
     )
     warmup = max(1, round(settings.warmup * steps))

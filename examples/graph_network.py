@@ -1,8 +1,10 @@
-"""The graph network of Battaglia et al. (2018) for graph classification, as in section 2.1.1.2 of the K-FAC thesis.
+"""The graph network of Battaglia et al. (2018) for graph classification, as in section 2.1.1.2 of
+the K-FAC thesis.
 
-Graphs are batched by concatenation: all nodes of a batch are the rows of one matrix, all edges those of another. The
-layers of the update functions share their weights over a graph's edges and nodes, so each carries the *role* of its
-rows; which graph a row belongs to is told once for a batch (``asdl_ws_plugin.segments`` or ``attach_segments``).
+Graphs are batched by concatenation: all nodes of a batch are the rows of one matrix, all edges
+those of another. The layers of the update functions share their weights over a graph's edges and
+nodes, so each carries the *role* of its rows; which graph a row belongs to is told once for a batch
+(``asdl_ws_plugin.segments`` or ``attach_segments``).
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from asdl_ws_plugin import WeightSharingLinear
 __all__ = ["Block", "GraphNetwork", "mlp"]
 
 
-def mlp(in_features: int, out_features: int, role: str, dropout: float = 0.0, norm: bool = True) -> nn.Sequential:
+def mlp(
+    in_features: int, out_features: int, role: str, dropout: float = 0.0, norm: bool = True
+) -> nn.Sequential:
     """An update function: a linear layer, layer norm, ReLU and dropout, on rows of that role."""
     layers: list[nn.Module] = [WeightSharingLinear(in_features, out_features, role=role)]
     if norm:
@@ -28,7 +32,9 @@ def mlp(in_features: int, out_features: int, role: str, dropout: float = 0.0, no
 class Block(nn.Module):
     """One update of edges, nodes and globals (eq. 2.9), with sums as aggregation (eq. 2.10)."""
 
-    def __init__(self, edge: int, node: int, glob: int, width: int, dropout: float = 0.0, norm: bool = True) -> None:
+    def __init__(
+        self, edge: int, node: int, glob: int, width: int, dropout: float = 0.0, norm: bool = True
+    ) -> None:
         super().__init__()
         self.edge = mlp(edge + 2 * node + glob, width, "edge", dropout, norm)
         self.node = mlp(node + width + glob, width, "node", dropout, norm)
@@ -39,10 +45,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         senders, receivers = edge_index
         batch_of_edges = batch[senders]
-        edges = self.edge(torch.cat([edges, nodes[receivers], nodes[senders], globs[batch_of_edges]], dim=1))
+        edges = self.edge(
+            torch.cat([edges, nodes[receivers], nodes[senders], globs[batch_of_edges]], dim=1)
+        )
         received = sum_rows(edges, receivers, len(nodes))
         nodes = self.node(torch.cat([nodes, received, globs[batch]], dim=1))
-        edges_of_graph, nodes_of_graph = sum_rows(edges, batch_of_edges, len(globs)), sum_rows(nodes, batch, len(globs))
+        edges_of_graph, nodes_of_graph = (
+            sum_rows(edges, batch_of_edges, len(globs)),
+            sum_rows(nodes, batch, len(globs)),
+        )
         globs = self.glob(torch.cat([globs, nodes_of_graph, edges_of_graph], dim=1))
         return edges, nodes, globs
 
@@ -67,8 +78,14 @@ class GraphNetwork(nn.Module):
     """
 
     def __init__(
-        self, node_features: int, edge_features: int, num_outputs: int, width: int = 64, num_blocks: int = 3,
-        dropout: float = 0.0, norm: bool = True,
+        self,
+        node_features: int,
+        edge_features: int,
+        num_outputs: int,
+        width: int = 64,
+        num_blocks: int = 3,
+        dropout: float = 0.0,
+        norm: bool = True,
     ) -> None:
         super().__init__()
         self.embed_edge = WeightSharingLinear(edge_features, width, role="edge")
@@ -78,17 +95,26 @@ class GraphNetwork(nn.Module):
             Block(width, width, width if i else 0, width, dropout, norm) for i in range(num_blocks)
         )
         self.head = nn.Sequential(
-            WeightSharingLinear(width, width, role="graph"), nn.ReLU(),
+            WeightSharingLinear(width, width, role="graph"),
+            nn.ReLU(),
             WeightSharingLinear(width, num_outputs, role="graph"),
         )
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, batch: Tensor, num_graphs: int) -> Tensor:
-        edges, nodes, globs = self.embed_edge(edge_attr), self.embed_node(x), x.new_zeros(num_graphs, 0)
+    def forward(
+        self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, batch: Tensor, num_graphs: int
+    ) -> Tensor:
+        edges, nodes, globs = (
+            self.embed_edge(edge_attr),
+            self.embed_node(x),
+            x.new_zeros(num_graphs, 0),
+        )
         for block in self.blocks:
             edges, nodes, globs = block(edges, nodes, globs, edge_index, batch)
         return self.head(globs)
 
 
 def sum_rows(x: Tensor, index: Tensor, size: int) -> Tensor:
-    """``out[i]`` is the sum of the rows of ``x`` whose index is ``i``: ``(rows, P) -> (size, P)``."""
+    """``out[i]`` is the sum of the rows of ``x`` whose index is ``i``: ``(rows, P) -> (size,
+    P)``.
+    """
     return x.new_zeros(size, x.shape[1]).index_add_(0, index, x)

@@ -1,11 +1,13 @@
-"""Node classification with a GCN: Zachary's karate club, four members' groups known, those of the other 30 to be found.
+"""Node classification with a GCN: Zachary's karate club, four members' groups known, those of the
+other 30 to be found.
 
     python examples/karate_club.py
 
-``convert`` makes PyTorch Geometric's ``GCNConv`` aggregate before it multiplies, so that its Linear sees what eq. 3.30
-calls ã, one row for each node, and K-FAC is that of eq. 3.31. All nodes are one graph, and the loss has a term for
-each labelled node: the *expand* setting. Each learning rate is the one of four that needs the fewest steps to a
-training loss of 0.1; K-FAC's damping and moving average were searched as well.
+``convert`` makes PyTorch Geometric's ``GCNConv`` aggregate before it multiplies, so that its Linear
+sees what eq. 3.30 calls ã, one row for each node, and K-FAC is that of eq. 3.31. All nodes are one
+graph, and the loss has a term for each labelled node: the *expand* setting. Each learning rate is
+the one of four that needs the fewest steps to a training loss of 0.1; K-FAC's damping and moving
+average were searched as well.
 """
 
 from __future__ import annotations
@@ -59,12 +61,16 @@ def train(settings: Settings, data: Any, steps: int, seed: int) -> tuple[list[fl
     torch.manual_seed(seed)
     model = asdl_ws_plugin.convert(GCN(data.num_features, int(data.y.max()) + 1))
     asdl_ws_plugin.attach_segments(model, "pyg")
-    make: Callable[..., torch.optim.Optimizer] = torch.optim.Adam if settings is ADAM else torch.optim.SGD
+    make: Callable[..., torch.optim.Optimizer] = (
+        torch.optim.Adam if settings is ADAM else torch.optim.SGD
+    )
     optimizer = make(model.parameters(), lr=settings.lr)
     maker: Any = asdl.GradientMaker(model)
     if settings.damping is not None:
         config = asdl.PreconditioningConfig(damping=settings.damping, ema_decay=1.0)
-        maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_exact", shared_dim="expand")
+        maker = asdl.KfacGradientMaker(
+            model, config, fisher_type="fisher_exact", shared_dim="expand"
+        )
     y = data.y.masked_fill(~data.train_mask, -100)
     losses = []
     for _ in range(steps):
@@ -80,7 +86,9 @@ def train(settings: Settings, data: Any, steps: int, seed: int) -> tuple[list[fl
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one seed, fewer steps")
@@ -89,16 +97,24 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     data = KarateClub()[0]
     table = Table(title=f"Karate club, {seeds} seeds, {steps} steps")
     table.add_column("")
-    for header in ("steps to a training loss of 0.1", "final training loss", "accuracy on the other 30 nodes"):
+    for header in (
+        "steps to a training loss of 0.1",
+        "final training loss",
+        "accuracy on the other 30 nodes",
+    ):
         table.add_column(header, justify="right")
     accuracies = {}
     for settings in (GRADIENT, ADAM, KFAC):
         runs = [train(settings, data, steps, seed) for seed in range(seeds)]
-        reached = [next((i + 1 for i, loss in enumerate(losses) if loss < 0.1), None) for losses, _ in runs]
+        reached = [
+            next((i + 1 for i, loss in enumerate(losses) if loss < 0.1), None) for losses, _ in runs
+        ]
         accuracies[settings.name] = statistics.mean(accuracy for _, accuracy in runs)
         table.add_row(
-            settings.name, "not reached" if None in reached else f"{statistics.mean(reached):.0f}",
-            f"{statistics.mean(losses[-1] for losses, _ in runs):.4f}", f"{accuracies[settings.name]:.1%}",
+            settings.name,
+            "not reached" if None in reached else f"{statistics.mean(reached):.0f}",
+            f"{statistics.mean(losses[-1] for losses, _ in runs):.4f}",
+            f"{accuracies[settings.name]:.1%}",
         )
     _report.console().print(table)
     return accuracies

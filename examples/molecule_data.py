@@ -1,9 +1,13 @@
-"""Molecules as graphs: about 6,000 compounds that come with RDKit, and what functional groups they have.
+"""Molecules as graphs: about 6,000 compounds that come with RDKit, and what functional groups they
+have.
 
-The compounds are those of the ``.smi`` files of RDKit's own package: 1,017 from ChEMBL (``Contrib/FreeWilson/data``),
-about 4,900 from the NCI, and a few smaller sets. The tasks are binary: whether RDKit counts a fragment (``fr_ester``,
-``fr_nitro``, ...) at least once. Some labels are unknown (NaN), as in data that was measured. The split is by scaffold,
-so that the ring systems of the validation and test molecules do not occur in training.
+The compounds are those of the ``.smi`` files of RDKit's own package: 1,017 from ChEMBL
+(``Contrib/FreeWilson/data``),
+about 4,900 from the NCI, and a few smaller sets. The tasks are binary: whether RDKit counts a
+fragment (``fr_ester``,
+``fr_nitro``, ...) at least once. Some labels are unknown (NaN), as in data that was measured. The
+split is by scaffold, so that the ring systems of the validation and test molecules do not occur in
+training.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class GraphBatch:
-    """Graphs batched by concatenation. ``arguments`` is what :class:`graph_network.GraphNetwork` is called with."""
+    """Graphs batched by concatenation. ``arguments`` is what :class:`graph_network.GraphNetwork` is
+    called with.
+    """
 
     x: Tensor
     edge_index: Tensor
@@ -61,13 +67,23 @@ def to_graph(molecule: Any) -> Graph:
 
     atoms = [
         [
-            *one_hot(ELEMENTS.index(atom.GetSymbol()) if atom.GetSymbol() in ELEMENTS else len(ELEMENTS), 10),
-            *one_hot(atom.GetDegree(), 6), *one_hot(atom.GetTotalNumHs(), 5),
-            *one_hot(min(max(atom.GetFormalCharge(), -1), 1) + 1, 3), float(atom.GetIsAromatic()),
+            *one_hot(
+                ELEMENTS.index(atom.GetSymbol()) if atom.GetSymbol() in ELEMENTS else len(ELEMENTS),
+                10,
+            ),
+            *one_hot(atom.GetDegree(), 6),
+            *one_hot(atom.GetTotalNumHs(), 5),
+            *one_hot(min(max(atom.GetFormalCharge(), -1), 1) + 1, 3),
+            float(atom.GetIsAromatic()),
         ]
         for atom in molecule.GetAtoms()
     ]
-    types = (Chem.BondType.SINGLE, Chem.BondType.DOUBLE, Chem.BondType.TRIPLE, Chem.BondType.AROMATIC)
+    types = (
+        Chem.BondType.SINGLE,
+        Chem.BondType.DOUBLE,
+        Chem.BondType.TRIPLE,
+        Chem.BondType.AROMATIC,
+    )
     ends, bonds = [], []
     for bond in molecule.GetBonds():
         features = [*(float(bond.GetBondType() == kind) for kind in types), float(bond.IsInRing())]
@@ -80,7 +96,9 @@ def to_graph(molecule: Any) -> Graph:
 
 @dataclass(frozen=True)
 class Molecules:
-    """Graphs, labels ``(molecules, tasks)`` with NaN where unknown, and the indices of the three parts."""
+    """Graphs, labels ``(molecules, tasks)`` with NaN where unknown, and the indices of the three
+    parts.
+    """
 
     graphs: list[Graph]
     y: Tensor
@@ -90,7 +108,9 @@ class Molecules:
     test: Tensor
 
     @classmethod
-    def load(cls, limit: int | None = None, unknown: float = 0.1, min_positive: int = 8, seed: int = 0) -> Molecules:
+    def load(
+        cls, limit: int | None = None, unknown: float = 0.1, min_positive: int = 8, seed: int = 0
+    ) -> Molecules:
         """Read the molecules, or only the first ``limit`` of them.
 
         Args:
@@ -104,15 +124,28 @@ class Molecules:
         scaffolds = [MurckoScaffold.MurckoScaffoldSmiles(mol=molecule) for molecule in molecules]
         parts = scaffold_split(scaffolds, (0.8, 0.1))
         names = sorted(name for name in dir(Fragments) if name.startswith("fr_"))
-        counts = np.array([[getattr(Fragments, name)(molecule) > 0 for name in names] for molecule in molecules])
+        counts = np.array(
+            [[getattr(Fragments, name)(molecule) > 0 for name in names] for molecule in molecules]
+        )
         frequent = [
-            t for t in range(len(names))
-            if all(min(counts[part, t].sum(), (~counts[part, t]).sum()) >= min_positive for part in parts)
+            t
+            for t in range(len(names))
+            if all(
+                min(counts[part, t].sum(), (~counts[part, t]).sum()) >= min_positive
+                for part in parts
+            )
         ]
         y = torch.tensor(counts[:, frequent], dtype=torch.float32)
         y[torch.rand(y.shape, generator=torch.Generator().manual_seed(seed)) < unknown] = torch.nan
         train, validation, test = (torch.tensor(part) for part in parts)
-        return cls([to_graph(m) for m in molecules], y, [names[t] for t in frequent], train, validation, test)
+        return cls(
+            [to_graph(m) for m in molecules],
+            y,
+            [names[t] for t in frequent],
+            train,
+            validation,
+            test,
+        )
 
     def collate(self, indices: Tensor) -> GraphBatch:
         graphs = [self.graphs[i] for i in indices.tolist()]
@@ -120,14 +153,21 @@ class Molecules:
         offsets = (sizes.cumsum(0) - sizes).tolist()
         return GraphBatch(
             torch.cat([graph.x for graph in graphs]),
-            torch.cat([graph.edge_index + offset for graph, offset in zip(graphs, offsets, strict=True)], dim=1),
+            torch.cat(
+                [graph.edge_index + offset for graph, offset in zip(graphs, offsets, strict=True)],
+                dim=1,
+            ),
             torch.cat([graph.edge_attr for graph in graphs]),
             torch.arange(len(graphs)).repeat_interleave(sizes),
             self.y[indices],
         )
 
-    def batches(self, indices: Tensor, size: int, generator: torch.Generator | None = None) -> Iterator[GraphBatch]:
-        """Batches of these molecules; with a generator shuffled, and without the rest that fills no batch."""
+    def batches(
+        self, indices: Tensor, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[GraphBatch]:
+        """Batches of these molecules; with a generator shuffled, and without the rest that fills no
+        batch.
+        """
         if generator is not None:
             indices = indices[torch.randperm(len(indices), generator=generator)]
             indices = indices[: len(indices) // size * size]
@@ -142,9 +182,13 @@ def read_smiles(limit: int | None = None) -> list[Any]:
 
     RDLogger.DisableLog("rdApp.*")  # of a few lines that are no SMILES
     root = Path(rdkit.__file__).parent
-    files = sorted(root.rglob("*.smi"), key=lambda path: (path.parent.parent.name != "FreeWilson", str(path)))
+    files = sorted(
+        root.rglob("*.smi"), key=lambda path: (path.parent.parent.name != "FreeWilson", str(path))
+    )
     if not files:
-        raise FileNotFoundError(f"There are no .smi files in {root}; install RDKit's wheel: pip install rdkit")
+        raise FileNotFoundError(
+            f"There are no .smi files in {root}; install RDKit's wheel: pip install rdkit"
+        )
     molecules: dict[str, Any] = {}
     for path in files:
         for line in path.read_text().splitlines():
@@ -158,7 +202,9 @@ def read_smiles(limit: int | None = None) -> list[Any]:
 
 
 def scaffold_split(scaffolds: Sequence[str], shares: tuple[float, float]) -> list[list[int]]:
-    """Indices of train, validation and test: a scaffold's molecules are in one part, frequent ones' in train."""
+    """Indices of train, validation and test: a scaffold's molecules are in one part, frequent ones'
+    in train.
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for i, scaffold in enumerate(scaffolds):
         groups[scaffold].append(i)
@@ -171,7 +217,9 @@ def scaffold_split(scaffolds: Sequence[str], shares: tuple[float, float]) -> lis
 
 
 def mean_average_precision(scores: Tensor, y: Tensor) -> float:
-    """Average precision of each task's known labels, averaged over the tasks. ``(molecules, tasks)`` both."""
+    """Average precision of each task's known labels, averaged over the tasks. ``(molecules,
+    tasks)`` both.
+    """
     values = []
     for score, label in zip(scores.T, y.T, strict=True):
         known = ~label.isnan()

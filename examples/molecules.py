@@ -1,10 +1,12 @@
-"""Predict the functional groups of molecules with a graph network: NAdamW, and K-FAC on top of the same NAdamW.
+"""Predict the functional groups of molecules with a graph network: NAdamW, and K-FAC on top of the
+same NAdamW.
 
     python examples/molecules.py
 
-The setting is *reduce*: one loss term for each graph and task, and layers that share their weights over a graph's edges
-or nodes. K-FAC-reduce sums and averages over the rows of each graph, K-FAC-expand takes every row for itself. Both
-precondition the gradient, and the result is handed to the baseline optimizer.
+The setting is *reduce*: one loss term for each graph and task, and layers that share their weights
+over a graph's edges or nodes. K-FAC-reduce sums and averages over the rows of each graph,
+K-FAC-expand takes every row for itself. Both precondition the gradient, and the result is handed to
+the baseline optimizer.
 
 With the seeds 1, 2 and 3, which the default below does not use:
 
@@ -60,9 +62,10 @@ class Settings:
     warmup: float = 0.1
 
 
-# By validation mAP after 3 epochs, four trials each: NAdamW with lr 0.001, 0.003, 0.005, 0.01; K-FAC-reduce with lr and
-# damping 0.01 and 0.001, 0.03 and 0.001, 0.01 and 0.0001, 0.01 and 0.01. K-FAC-expand gets what was found for reduce.
-# A coarser search with batches of 128 came before (2 trials for NAdamW, 1 for K-FAC-reduce).
+# By validation mAP after 3 epochs, four trials each: NAdamW with lr 0.001, 0.003, 0.005, 0.01;
+# K-FAC-reduce with lr and damping 0.01 and 0.001, 0.03 and 0.001, 0.01 and 0.0001, 0.01 and 0.01.
+# K-FAC-expand gets what was found for reduce. A coarser search with batches of 128 came before (2
+# trials for NAdamW, 1 for K-FAC-reduce).
 NADAMW = Settings("NAdamW", lr=5e-3)
 EXPAND = Settings("K-FAC-expand", lr=1e-2, shared_dim="expand")
 REDUCE = Settings("K-FAC-reduce", lr=1e-2, shared_dim="reduce")
@@ -73,7 +76,9 @@ class Data(Protocol):
 
     molecules: Molecules
 
-    def batches(self, indices: Tensor, size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
+    def batches(
+        self, indices: Tensor, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Any]:
         """``(arguments of the model, labels)`` of one batch after the other."""
 
 
@@ -81,7 +86,9 @@ class ForGraphNetwork:
     def __init__(self, molecules: Molecules) -> None:
         self.molecules = molecules
 
-    def batches(self, indices: Tensor, size: int, generator: torch.Generator | None = None) -> Iterator[Any]:
+    def batches(
+        self, indices: Tensor, size: int, generator: torch.Generator | None = None
+    ) -> Iterator[Any]:
         for batch in self.molecules.batches(indices, size, generator):
             yield batch.arguments, batch.y
 
@@ -89,7 +96,12 @@ class ForGraphNetwork:
 def graph_network(molecules: Molecules, width: int = 64, num_blocks: int = 2) -> nn.Module:
     first = molecules.graphs[0]
     return GraphNetwork(
-        first.x.shape[1], first.edge_attr.shape[1], molecules.y.shape[1], width, num_blocks, dropout=0.1
+        first.x.shape[1],
+        first.edge_attr.shape[1],
+        molecules.y.shape[1],
+        width,
+        num_blocks,
+        dropout=0.1,
     )
 
 
@@ -104,7 +116,9 @@ def score(model: nn.Module, data: Data, indices: Tensor) -> float:
     model.eval()
     parts = [(model(*arguments), y) for arguments, y in data.batches(indices, 512)]
     model.train()
-    return mean_average_precision(torch.cat([logits for logits, _ in parts]), torch.cat([y for _, y in parts]))
+    return mean_average_precision(
+        torch.cat([logits for logits, _ in parts]), torch.cat([y for _, y in parts])
+    )
 
 
 def gradient_maker(model: nn.Module, settings: Settings) -> Any:
@@ -119,12 +133,19 @@ def gradient_maker(model: nn.Module, settings: Settings) -> Any:
         preconditioner_upd_interval=settings.inverse_interval,
         ignore_modules=[nn.LayerNorm, nn.BatchNorm1d],
     )
-    return asdl.KfacGradientMaker(model, config, loss_type="binary_cross_entropy", shared_dim=settings.shared_dim)
+    return asdl.KfacGradientMaker(
+        model, config, loss_type="binary_cross_entropy", shared_dim=settings.shared_dim
+    )
 
 
 def train(
-    settings: Settings, data: Data, make_model: Callable[[Molecules], nn.Module], epochs: int, seed: int,
-    evaluations: int = 20, on_step: Callable[[int, float], None] | None = None,
+    settings: Settings,
+    data: Data,
+    make_model: Callable[[Molecules], nn.Module],
+    epochs: int,
+    seed: int,
+    evaluations: int = 20,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> _report.Run:
     """Train from scratch; ``on_step(step, validation mAP)`` is called after each step."""
     torch.manual_seed(seed)
@@ -160,23 +181,39 @@ def train(
 
 
 def compare(
-    data: Data, make_model: Callable[[Molecules], nn.Module], contenders: tuple[Settings, ...], title: str, path: Path,
-    epochs: int, seed: int,
+    data: Data,
+    make_model: Callable[[Molecules], nn.Module],
+    contenders: tuple[Settings, ...],
+    title: str,
+    path: Path,
+    epochs: int,
+    seed: int,
 ) -> list[_report.Run]:
     """Train with each contender, print the table and draw the figure."""
     console, runs = _report.console(), []
     molecules = data.molecules
     console.print(
-        f"{len(molecules.graphs)} molecules ({len(molecules.train)} to train, {len(molecules.validation)} to validate, "
-        f"{len(molecules.test)} to test, by scaffold), {len(molecules.tasks)} tasks, "
-        f"{float(molecules.y.isnan().float().mean()):.0%} of the labels unknown"
+        f"{len(molecules.graphs)} molecules ({len(molecules.train)} to train, "
+        f"{len(molecules.validation)} to validate, {len(molecules.test)} to test, by scaffold), "
+        f"{len(molecules.tasks)} tasks, {float(molecules.y.isnan().float().mean()):.0%} of the "
+        "labels unknown"
     )
     with _report.progress_bars(console, "mAP") as progress:
         for settings in contenders:
-            task = progress.add_task(settings.name, total=epochs * (len(molecules.train) // BATCH_SIZE), value=0.0)
+            task = progress.add_task(
+                settings.name, total=epochs * (len(molecules.train) // BATCH_SIZE), value=0.0
+            )
             runs.append(
-                train(settings, data, make_model, epochs, seed,
-                      on_step=lambda step, value, task=task: progress.update(task, completed=step, value=value))
+                train(
+                    settings,
+                    data,
+                    make_model,
+                    epochs,
+                    seed,
+                    on_step=lambda step, value, task=task: progress.update(
+                        task, completed=step, value=value
+                    ),
+                )
             )
     console.print(_report.table(runs, title, "validation mAP", TARGET))
     _report.figure(runs, path, title, "validation mAP", TARGET)
@@ -185,10 +222,14 @@ def compare(
 
 
 def parse(arguments: list[str] | None, description: str | None, epochs: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="one epoch of a small model on few molecules")
+    parser.add_argument(
+        "--quick", action="store_true", help="one epoch of a small model on few molecules"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the figure")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -205,8 +246,13 @@ def main(arguments: list[str] | None = None) -> list[_report.Run]:
     data = ForGraphNetwork(load(options.quick))
     size = {"width": 16, "num_blocks": 2} if options.quick else {}
     return compare(
-        data, lambda molecules: graph_network(molecules, **size), (NADAMW, EXPAND, REDUCE),
-        "A graph network on molecules", options.out / "molecules.png", options.epochs, options.seed,
+        data,
+        lambda molecules: graph_network(molecules, **size),
+        (NADAMW, EXPAND, REDUCE),
+        "A graph network on molecules",
+        options.out / "molecules.png",
+        options.epochs,
+        options.seed,
     )
 
 

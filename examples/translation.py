@@ -1,21 +1,24 @@
-"""Translate program messages from German to English: NAdamW against K-FAC-expand and K-FAC-reduce on top of it.
+"""Translate program messages from German to English: NAdamW against K-FAC-expand and K-FAC-reduce
+on top of it.
 
     python examples/translation.py
 
-A small ``nn.Transformer`` learns from the message catalogues of this machine (see translation_data.py). The loss has a
-term for every token of the translation: the expand setting of the thesis. The gradient that K-FAC preconditions is
-handed to the baseline optimizer, as in section 4.2 of the thesis.
+A small ``nn.Transformer`` learns from the message catalogues of this machine (see
+translation_data.py). The loss has a term for every token of the translation: the expand setting of
+the thesis. The gradient that K-FAC preconditions is handed to the baseline optimizer, as in section
+4.2 of the thesis.
 
-Each optimizer was given the same three learning rates, everything else being equal, and has the best (``--tune`` runs
-them again). Validation loss after 400 steps, of one seed, with 12,000 pairs of the catalogues of a Debian 12:
+Each optimizer was given the same three learning rates, everything else being equal, and has the
+best (``--tune`` runs them again). Validation loss after 400 steps, of one seed, with 12,000 pairs
+of the catalogues of a Debian 12:
 
     learning rate    2e-3    4e-3    8e-3
     NAdamW           2.70    2.29    2.50
     K-FAC-expand     2.71    2.27    2.28
     K-FAC-reduce     2.68    2.25    2.29
 
-K-FAC is slightly ahead in steps, and bears a large learning rate better. A step of it takes 1.2 to 1.3 times as long,
-so NAdamW is not beaten in seconds.
+K-FAC is slightly ahead in steps, and bears a large learning rate better. A step of it takes 1.2 to
+1.3 times as long, so NAdamW is not beaten in seconds.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ EXPAND = Settings("K-FAC-expand", lr=4e-3, shared_dim="expand")
 REDUCE = Settings("K-FAC-reduce", lr=4e-3, shared_dim="reduce")
 
 
-GRID = [replace(settings, lr=lr) for settings in (NADAMW, EXPAND, REDUCE) for lr in (2e-3, 4e-3, 8e-3)]
+GRID = [
+    replace(settings, lr=lr) for settings in (NADAMW, EXPAND, REDUCE) for lr in (2e-3, 4e-3, 8e-3)
+]
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,9 @@ class Corpus:
     is_generated: bool
 
     @classmethod
-    def load(cls, count: int, held_out: int, vocabulary_size: int, paths: list[Path] | None = None) -> Corpus:
+    def load(
+        cls, count: int, held_out: int, vocabulary_size: int, paths: list[Path] | None = None
+    ) -> Corpus:
         """``count`` pairs, of which the validation and the test part have ``held_out`` each.
 
         They are of the catalogues, or generated if those hold fewer than 2,000.
@@ -97,7 +104,11 @@ class Corpus:
         pairs = data.message_pairs(data.catalogue_paths() if paths is None else paths)
         is_generated = len(pairs) < 2000
         pairs = data.number_pairs(count) if is_generated else pairs[:count]
-        validation, test, train = pairs[:held_out], pairs[held_out : 2 * held_out], pairs[2 * held_out :]
+        validation, test, train = (
+            pairs[:held_out],
+            pairs[held_out : 2 * held_out],
+            pairs[2 * held_out :],
+        )
         tokenizer = data.train_tokenizer(train, vocabulary_size)
         tokens = [data.encode(tokenizer, part) for part in (train, validation, test)]
         return cls(tokenizer, *tokens, test, is_generated)
@@ -106,26 +117,39 @@ class Corpus:
 class Translator(nn.Module):
     """An encoder-decoder Transformer on token ids.
 
-    The output layer is not tied to the embedding of the target: a tied matrix gets the gradient of a lookup, too, of
-    which K-FAC knows nothing, and is therefore left to the first-order optimizer. Untied, the output layer is a linear
-    layer like any other.
+    The output layer is not tied to the embedding of the target: a tied matrix gets the gradient of
+    a lookup, too, of which K-FAC knows nothing, and is therefore left to the first-order optimizer.
+    Untied, the output layer is a linear layer like any other.
 
     Shapes:
         - source: ``(N, S)``, target: ``(N, T)``, integers, padded with ``PAD``
         - output: logits ``(N, T, vocabulary)``
     """
 
-    def __init__(self, vocabulary_size: int, width: int = 128, depth: int = 2, max_length: int = 128) -> None:
+    def __init__(
+        self, vocabulary_size: int, width: int = 128, depth: int = 2, max_length: int = 128
+    ) -> None:
         super().__init__()
         self.source_embedding = nn.Embedding(vocabulary_size, width, padding_idx=PAD)
         self.target_embedding = nn.Embedding(vocabulary_size, width, padding_idx=PAD)
         self.register_buffer("positions", _sinusoids(max_length, width), persistent=False)
         self.dropout = nn.Dropout(0.1)
-        options = {"d_model": width, "nhead": 4, "dim_feedforward": 2 * width, "batch_first": True, "norm_first": True}
+        options = {
+            "d_model": width,
+            "nhead": 4,
+            "dim_feedforward": 2 * width,
+            "batch_first": True,
+            "norm_first": True,
+        }
         encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(**options), depth, nn.LayerNorm(width), enable_nested_tensor=False
+            nn.TransformerEncoderLayer(**options),
+            depth,
+            nn.LayerNorm(width),
+            enable_nested_tensor=False,
         )
-        self.transformer = nn.Transformer(custom_encoder=encoder, num_decoder_layers=depth, **options)
+        self.transformer = nn.Transformer(
+            custom_encoder=encoder, num_decoder_layers=depth, **options
+        )
         self.output = nn.Linear(width, vocabulary_size)
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.weight, std=width**-0.5)
@@ -140,8 +164,12 @@ class Translator(nn.Module):
         length = target.shape[1]
         causal = torch.ones(length, length, dtype=torch.bool, device=target.device).triu(1)
         states = self.transformer.decoder(
-            self._embed(self.target_embedding, target), memory, tgt_mask=causal,
-            tgt_key_padding_mask=target == PAD, memory_key_padding_mask=source == PAD, tgt_is_causal=True,
+            self._embed(self.target_embedding, target),
+            memory,
+            tgt_mask=causal,
+            tgt_key_padding_mask=target == PAD,
+            memory_key_padding_mask=source == PAD,
+            tgt_is_causal=True,
         )
         return self.output(states)
 
@@ -154,7 +182,9 @@ class Translator(nn.Module):
 
 
 def _sinusoids(length: int, width: int) -> Tensor:
-    angles = torch.arange(length)[:, None] * torch.exp(-math.log(1e4) * torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * torch.exp(
+        -math.log(1e4) * torch.arange(0, width, 2) / width
+    )
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
@@ -166,12 +196,16 @@ def token_loss(logits: Tensor, labels: Tensor, label_smoothing: float = LABEL_SM
 
 
 def padding_masks(source: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Of the model's two inputs; the keys and values of the cross-attention have the length of the source."""
+    """Of the model's two inputs; the keys and values of the cross-attention have the length of the
+    source.
+    """
     return {"source": source != PAD, "target": target != PAD}
 
 
 def gradient_maker(model: nn.Module, settings: Settings) -> asdl.GradientMaker:
-    """What computes the gradients; for K-FAC the model's attention is converted and its padding made known."""
+    """What computes the gradients; for K-FAC the model's attention is converted and its padding
+    made known.
+    """
     if settings.shared_dim is None:
         return asdl.GradientMaker(model)
     asdl_ws_plugin.convert(model)
@@ -202,10 +236,14 @@ def evaluate(model: nn.Module, items: list[Tokens], batch_size: int = 128) -> fl
 
 
 @torch.no_grad()
-def translate(model: Translator, tokenizer: Tokenizer, texts: list[str], max_length: int = 50) -> list[str]:
+def translate(
+    model: Translator, tokenizer: Tokenizer, texts: list[str], max_length: int = 50
+) -> list[str]:
     """Greedy: the most probable token, one after the other."""
     model.eval()
-    source, _, _ = data.batch([(ids, [BOS, EOS]) for ids, _ in data.encode(tokenizer, [(t, "") for t in texts])])
+    source, _, _ = data.batch(
+        [(ids, [BOS, EOS]) for ids, _ in data.encode(tokenizer, [(t, "") for t in texts])]
+    )
     memory = model.encode(source)
     target = torch.full((len(texts), 1), BOS)
     finished = torch.zeros(len(texts), dtype=torch.bool)
@@ -216,23 +254,36 @@ def translate(model: Translator, tokenizer: Tokenizer, texts: list[str], max_len
         if finished.all():
             break
     model.train()
-    return [tokenizer.decode([i for i in ids if i not in (PAD, BOS, EOS)]).strip() for ids in target.tolist()]
+    return [
+        tokenizer.decode([i for i in ids if i not in (PAD, BOS, EOS)]).strip()
+        for ids in target.tolist()
+    ]
 
 
 def train(
-    settings: Settings, corpus: Corpus, steps: int, seed: int, width: int = 128, batch_size: int = 64,
-    evaluate_every: int = 20, on_step: Callable[[int, float], None] | None = None,
+    settings: Settings,
+    corpus: Corpus,
+    steps: int,
+    seed: int,
+    width: int = 128,
+    batch_size: int = 64,
+    evaluate_every: int = 20,
+    on_step: Callable[[int, float], None] | None = None,
 ) -> tuple[_report.Run, Translator]:
     """Train from scratch; ``on_step(step, last validation loss)`` is called after each step."""
     torch.manual_seed(seed)
     model = Translator(corpus.tokenizer.get_vocab_size(), width)
     optimizer = torch.optim.NAdam(
-        model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay,
+        model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
         decoupled_weight_decay=True,
     )
     warmup = max(1, round(settings.warmup * steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+        optimizer,
+        lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup))),
     )
     maker = gradient_maker(model, settings)
 
@@ -271,16 +322,24 @@ def samples(translations: dict[str, list[str]], texts: list[data.Pair]) -> Table
 
 
 def main(arguments: list[str] | None = None) -> list[_report.Run]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pairs", type=int, default=13_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few steps of a smaller model on few pairs")
-    parser.add_argument("--tune", action="store_true", help="run the grid of settings that is given above instead")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of a smaller model on few pairs"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="run the grid of settings that is given above instead"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the figure")
     options = parser.parse_args(arguments)
     steps, pairs, held_out, vocabulary, width, every = (
-        (12, 800, 50, 300, 32, 4) if options.quick else (options.steps, options.pairs, 500, 1000, 128, 20)
+        (12, 800, 50, 300, 32, 4)
+        if options.quick
+        else (options.steps, options.pairs, 500, 1000, 128, 20)
     )
 
     console, runs, translations = _report.console(), [], {}
@@ -288,19 +347,33 @@ def main(arguments: list[str] | None = None) -> list[_report.Run]:
     if corpus.is_generated:
         console.print(data.HOW_TO_GET)
     console.print(f"{len(corpus.train)} pairs to train on, {held_out} each for validation and test")
-    texts = [pair for pair in corpus.test_texts if corpus.is_generated or len(pair[0].split()) >= 3][:6]
+    texts = [
+        pair for pair in corpus.test_texts if corpus.is_generated or len(pair[0].split()) >= 3
+    ][:6]
     with _report.progress_bars(console, "loss", ".3f") as progress:
         for settings in GRID if options.tune else (NADAMW, EXPAND, REDUCE):
             task = progress.add_task(settings.name, total=steps, value=math.nan)
             run, model = train(
-                settings, corpus, steps, options.seed, width, evaluate_every=every,
-                on_step=lambda step, value, task=task: progress.update(task, completed=step, value=value),
+                settings,
+                corpus,
+                steps,
+                options.seed,
+                width,
+                evaluate_every=every,
+                on_step=lambda step, value, task=task: progress.update(
+                    task, completed=step, value=value
+                ),
             )
             runs.append(run)
-            translations[settings.name] = translate(model, corpus.tokenizer, [german for german, _ in texts])
+            translations[settings.name] = translate(
+                model, corpus.tokenizer, [german for german, _ in texts]
+            )
     if options.tune:
         for settings, run in zip(GRID, runs, strict=True):
-            console.print(f"{settings.name}, lr {settings.lr}, damping {settings.damping}: {run.values[-1]:.3f}")
+            console.print(
+                f"{settings.name}, lr {settings.lr}, damping {settings.damping}: "
+                f"{run.values[-1]:.3f}"
+            )
         return runs
     target = runs[0].values[-1]
     title = "From German to English"
@@ -309,8 +382,14 @@ def main(arguments: list[str] | None = None) -> list[_report.Run]:
     console.print(samples(translations, texts))
     path = options.out / "translation.png"
     _report.figure(
-        runs, path, title, "validation loss (nats per token)", target, min(min(run.values) for run in runs) - 0.1,
-        min(runs[0].values[0], target + 2), ".3f",
+        runs,
+        path,
+        title,
+        "validation loss (nats per token)",
+        target,
+        min(min(run.values) for run in runs) - 0.1,
+        min(runs[0].values[0], target + 2),
+        ".3f",
     )
     console.print(f"Figure: {path}")
     return runs

@@ -1,11 +1,12 @@
-"""What ``make upstream`` runs: the series applied to the stock wheel, and all that has to hold then.
+"""What ``make upstream`` runs: the series applied to the stock wheel, and all that has to hold
+then.
 
 1. The modules that the series adds are the plugin's, byte for byte.
-2. Patch by patch, in a scratch tree: it applies without fuzz, the package imports without a warning, and the tests
-   that the series has added so far pass.
+2. Patch by patch, in a scratch tree: it applies without fuzz, the package imports without a
+   warning, and the tests that the series has added so far pass.
 3. Stock and patched ASDL agree to the last bit in everything that :mod:`dump` computes.
-4. The plugin's own test suite passes against the patched ASDL, where it patches nothing at run time.
-   (``make test`` runs it against the stock wheel.)
+4. The plugin's own test suite passes against the patched ASDL, where it patches nothing at run
+   time. (``make test`` runs it against the stock wheel.)
 """
 
 from __future__ import annotations
@@ -23,19 +24,33 @@ import series
 import torch
 
 ROOT = series.HERE.parent
-# Training of several minutes each; nothing in them depends on where ASDL comes from that the other tests do not see.
-SLOW = ["test_examples.py", "test_translation_example.py", "test_benchmarks.py"]
+# Training of several minutes each; nothing in them depends on where ASDL comes from that the other
+# tests do not see.
+SLOW = ["examples"]
 
 
 def run(*command: str, cwd: Path, path: list[Path]) -> None:
-    """Run Python with these folders in front of everything. Exits with what it printed if it fails."""
-    options = {"PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    """Run Python with these folders in front of everything. Exits with what it printed if it
+    fails.
+    """
+    options = {
+        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     environment = {**os.environ, **options}
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
-        sys.exit(f"{' '.join(command)} failed in {cwd}:\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}")
+        sys.exit(
+            f"{' '.join(command)} failed in {cwd}:\n{done.stdout[-20000:]}\n{done.stderr[-5000:]}"
+        )
     if lines := done.stdout.strip().splitlines():
         print(f"    {lines[-1]}", flush=True)
 
@@ -58,13 +73,18 @@ def check_up_to_date(tree: Path) -> None:
     for patch in series.patches():
         apply(tree, patch)
     wanted = {name for which in series.ADDED for name in series.added_by(which)}
-    found = {file.stem for file in (tree / series.NATIVE).glob("*.py")} - {"__init__"}
+    found = {file.stem for file in (tree / series.NATIVE).glob("*.py")}
     stale = [
-        name for name in sorted(wanted & found)
-        if not filecmp.cmp(series.PLUGIN / f"{name}.py", tree / series.NATIVE / f"{name}.py", shallow=False)
+        name
+        for name in sorted(wanted & found)
+        if not filecmp.cmp(
+            series.PLUGIN / f"{name}.py", tree / series.NATIVE / f"{name}.py", shallow=False
+        )
     ]
     if stale or wanted != found:
-        sys.exit(f"The series is not up to date ({stale or sorted(wanted ^ found)}): run python patches/refresh.py")
+        sys.exit(
+            f"The series is not up to date ({stale or sorted(wanted ^ found)}): run python patches/refresh.py"
+        )
 
 
 def apply_all(tree: Path) -> None:
@@ -73,7 +93,8 @@ def apply_all(tree: Path) -> None:
         print(patch.name, flush=True)
         apply(tree, patch)
         run("-W", "error::FutureWarning", "-c", "import asdl", cwd=tree, path=[tree])
-        run_tests("-c", os.devnull, "--rootdir", ".", "test", cwd=tree, path=[tree])  # ASDL has no configuration
+        # ASDL has no configuration.
+        run_tests("-c", os.devnull, "--rootdir", ".", "test", cwd=tree, path=[tree])
 
 
 def compare_dumps(tree: Path, scratch: Path) -> None:
@@ -83,14 +104,24 @@ def compare_dumps(tree: Path, scratch: Path) -> None:
         run(str(series.HERE / "dump.py"), str(file), cwd=ROOT, path=front)
     stock, patched = (torch.load(file) for file in files.values())
     different = sorted(stock.keys() ^ patched.keys())
-    different += [name for name in stock.keys() & patched.keys() if not torch.equal(stock[name], patched[name])]
+    different += [
+        name
+        for name in stock.keys() & patched.keys()
+        if not torch.equal(stock[name], patched[name])
+    ]
     if different:
-        sys.exit(f"{len(different)} of {len(stock)} tensors are not the same, bit for bit: {different[:10]}")
+        sys.exit(
+            f"{len(different)} of {len(stock)} tensors are not the same, bit for bit: {different[:10]}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--without-suite", action="store_true", help="leave out the plugin's own test suite")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--without-suite", action="store_true", help="leave out the plugin's own test suite"
+    )
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +134,9 @@ def main() -> None:
         compare_dumps(tree, scratch)
         if not options.without_suite:
             print("the plugin's test suite against the patched ASDL", flush=True)
-            run_tests("tests", *(f"--ignore=tests/{name}" for name in SLOW), cwd=ROOT, path=[tree, ROOT])
+            run_tests(
+                "tests", *(f"--ignore=tests/{name}" for name in SLOW), cwd=ROOT, path=[tree, ROOT]
+            )
     print(f"All is well, after {(time.monotonic() - start) / 60:.1f} minutes.")
 
 

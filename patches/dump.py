@@ -1,13 +1,16 @@
-"""Everything that stock and patched ASDL have to agree on, to the last bit: ``python patches/dump.py FILE``.
+"""Everything that stock and patched ASDL have to agree on, to the last bit: ``python
+patches/dump.py FILE``.
 
 Run once with each (:mod:`check` does); the file maps names to tensors. Two parts:
 
 ``shared_dim/...``
-    factors, inverses and preconditioned gradients of the plugin, which registers itself in stock ASDL and uses the
-    registry it finds in a patched one.
+    factors, inverses and preconditioned gradients of the plugin, which registers itself in stock
+    ASDL and uses the registry it finds in a patched one.
 ``None/...``
-    gradients and curvature of ASDL's own gradient makers with defaults, one process, wherever stock is right: layers
-    called once, logits ``(N, C)``, labels everywhere, a mean over ``data_size`` terms. ``README.md`` lists the rest.
+    gradients and curvature of ASDL's own gradient makers with defaults, one process, wherever stock
+        is right: layers
+    called once, logits ``(N, C)``, labels everywhere, a mean over ``data_size`` terms.
+    ``README.md`` lists the rest.
 """
 
 from __future__ import annotations
@@ -60,16 +63,32 @@ class Graphs(nn.Module):
 
 
 def cnn(classes: int = C) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 2),
-                         nn.Tanh(), nn.Flatten(), nn.Linear(16, classes))
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, stride=2),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )
 
 
 def mlp(classes: int = C) -> nn.Module:
-    return nn.Sequential(nn.Linear(D, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, classes))
+    return nn.Sequential(
+        nn.Linear(D, 7),
+        nn.LayerNorm(7),
+        nn.Tanh(),
+        nn.Linear(7, 6),
+        nn.ReLU(),
+        nn.Linear(6, classes),
+    )
 
 
 def mlp_without_norm(classes: int = C) -> nn.Module:
-    return nn.Sequential(nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, classes))
+    return nn.Sequential(
+        nn.Linear(D, 7), nn.Tanh(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, classes)
+    )
 
 
 def flat_cross_entropy(y: Tensor, target: Tensor) -> Tensor:
@@ -98,8 +117,16 @@ def record(out: dict[str, Tensor], key: str, model: nn.Module, with_fisher: bool
 
 
 def train(
-    out: dict[str, Tensor], key: str, model: nn.Module, maker: Any, loss: Callable[..., Tensor], args: tuple[Any, ...],
-    target: Tensor, steps: int = 3, with_fisher: bool = True, lr: float = 0.05,
+    out: dict[str, Tensor],
+    key: str,
+    model: nn.Module,
+    maker: Any,
+    loss: Callable[..., Tensor],
+    args: tuple[Any, ...],
+    target: Tensor,
+    steps: int = 3,
+    with_fisher: bool = True,
+    lr: float = 0.05,
 ) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     for step in range(steps):
@@ -111,13 +138,20 @@ def train(
         optimizer.step()
 
 
-# --------------------------------------------------------------------------------------------------- with shared_dim
+# ---------------------------------------------------------------------------------- with shared_dim
 
 
 def with_shared_dim(out: dict[str, Tensor]) -> None:
     for pool, fisher_type, shared_dim, ema_decay in itertools.product(
-        (True, False), ("fisher_mc", "fisher_exact", "fisher_emp", "fisher_forward_only"),
-        ("auto", "expand", "reduce", ["reduce", (nn.MultiheadAttention, "expand"), ("fc", "expand")]), (-1, 0.3),
+        (True, False),
+        ("fisher_mc", "fisher_exact", "fisher_emp", "fisher_forward_only"),
+        (
+            "auto",
+            "expand",
+            "reduce",
+            ["reduce", (nn.MultiheadAttention, "expand"), ("fc", "expand")],
+        ),
+        (-1, 0.3),
     ):
         if isinstance(shared_dim, list):
             shared_dim = ["reduce", ("fc", "expand"), (nn.Linear, "reduce")]
@@ -127,15 +161,20 @@ def with_shared_dim(out: dict[str, Tensor]) -> None:
         x, target = torch.randn(6, R, D), torch.randint(C, (6,) if pool else (6, R))
         intervals = {"curvature_upd_interval": 2} if ema_decay != -1 else {}
         config = PreconditioningConfig(damping=1e-2, ema_decay=ema_decay, **intervals)
-        maker = asdl.KfacGradientMaker(model, config, fisher_type=fisher_type, shared_dim=shared_dim)
+        maker = asdl.KfacGradientMaker(
+            model, config, fisher_type=fisher_type, shared_dim=shared_dim
+        )
         key = f"shared_dim/tokens/{'pooled' if pool else 'all'}/{fisher_type}/{shared_dim}/{ema_decay}"
         train(out, key, model, maker, flat_cross_entropy, (x,), target)
     for shape, shared_dim in itertools.product(
-        ("full", "layer_wise", "kron", "swift_kron", "kfe", "unit_wise", "diag"), ("expand", "reduce")
+        ("full", "layer_wise", "kron", "swift_kron", "kfe", "unit_wise", "diag"),
+        ("expand", "reduce"),
     ):
         torch.manual_seed(0)
         model = cnn()
-        config = FisherConfig("fisher_emp", [shape], "cross_entropy", data_size=5, shared_dim=shared_dim)
+        config = FisherConfig(
+            "fisher_emp", [shape], "cross_entropy", data_size=5, shared_dim=shared_dim
+        )
         maker = get_fisher_maker(model, config)
         x, target = torch.randn(5, 2, 6, 6), torch.randint(C, (5,))
         maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), target)
@@ -144,23 +183,41 @@ def with_shared_dim(out: dict[str, Tensor]) -> None:
     for shared_dim in ("expand", "reduce"):
         torch.manual_seed(0)
         graphs, index = Graphs(), torch.tensor([0, 0, 1, 2, 2, 2, 2])
-        maker = asdl.KfacGradientMaker(graphs, PreconditioningConfig(damping=1e-2), shared_dim=shared_dim)
+        maker = asdl.KfacGradientMaker(
+            graphs, PreconditioningConfig(damping=1e-2), shared_dim=shared_dim
+        )
         with asdl_ws_plugin.segments(graphs, node=index):
-            train(out, f"shared_dim/graphs/{shared_dim}", graphs, maker, F.cross_entropy, (torch.randn(7, D), index),
-                  torch.randint(C, (3,)))
+            train(
+                out,
+                f"shared_dim/graphs/{shared_dim}",
+                graphs,
+                maker,
+                F.cross_entropy,
+                (torch.randn(7, D), index),
+                torch.randint(C, (3,)),
+            )
 
 
-# ------------------------------------------------------------------------------------------------ without shared_dim
+# ------------------------------------------------------------------------------- without shared_dim
 
 
 NATURAL = [
-    ("KfacGradientMaker", {"fisher_type": "fisher_mc"}), ("KfacGradientMaker", {"fisher_type": "fisher_exact"}),
-    ("KfacGradientMaker", {"fisher_type": "fisher_emp"}), ("KfacGradientMaker", {"swift": True}),
-    ("FullNaturalGradientMaker", {}), ("FullNaturalGradientMaker", {"fisher_type": "fisher_exact"}),
-    ("DiagNaturalGradientMaker", {}), ("DiagNaturalGradientMaker", {"fisher_type": "fisher_exact"}),
-    ("UnitWiseNaturalGradientMaker", {}), ("UnitWiseNaturalGradientMaker", {"fisher_type": "fisher_emp"}),
-    ("EmpNaturalGradientMaker", {"fisher_shape": "diag"}), ("EmpNaturalGradientMaker", {"fisher_shape": "full"}),
-    ("NaturalGradientMaker", {"fisher_shape": ["kron", (nn.LayerNorm, "diag"), (nn.BatchNorm2d, "unit_wise")]}),
+    ("KfacGradientMaker", {"fisher_type": "fisher_mc"}),
+    ("KfacGradientMaker", {"fisher_type": "fisher_exact"}),
+    ("KfacGradientMaker", {"fisher_type": "fisher_emp"}),
+    ("KfacGradientMaker", {"swift": True}),
+    ("FullNaturalGradientMaker", {}),
+    ("FullNaturalGradientMaker", {"fisher_type": "fisher_exact"}),
+    ("DiagNaturalGradientMaker", {}),
+    ("DiagNaturalGradientMaker", {"fisher_type": "fisher_exact"}),
+    ("UnitWiseNaturalGradientMaker", {}),
+    ("UnitWiseNaturalGradientMaker", {"fisher_type": "fisher_emp"}),
+    ("EmpNaturalGradientMaker", {"fisher_shape": "diag"}),
+    ("EmpNaturalGradientMaker", {"fisher_shape": "full"}),
+    (
+        "NaturalGradientMaker",
+        {"fisher_shape": ["kron", (nn.LayerNorm, "diag"), (nn.BatchNorm2d, "unit_wise")]},
+    ),
 ]
 
 
@@ -175,30 +232,53 @@ def without_shared_dim(out: dict[str, Tensor]) -> None:
             continue  # stock averages rows of different batches
         for loss_type, loss in (("cross_entropy", F.cross_entropy), ("mse", F.mse_loss)):
             torch.manual_seed(1)
-            classes = C if loss_type == "cross_entropy" else 1  # more outputs are more terms than data_size
+            # More outputs are more terms than data_size.
+            classes = C if loss_type == "cross_entropy" else 1
             model = make(classes)
             x = torch.randn(n, *sizes)
             target = torch.randint(C, (n,)) if loss_type == "cross_entropy" else torch.randn(n, 1)
             intervals = {"curvature_upd_interval": 2} if ema_decay != -1 else {}
-            config = PreconditioningConfig(data_size=n, damping=0.1, ema_decay=ema_decay, preconditioner_upd_interval=2,
-                                           **intervals)
-            maker = getattr(asdl, maker_name)(model, config, loss_type=loss_type, **copy.copy(options))
+            config = PreconditioningConfig(
+                data_size=n,
+                damping=0.1,
+                ema_decay=ema_decay,
+                preconditioner_upd_interval=2,
+                **intervals,
+            )
+            maker = getattr(asdl, maker_name)(
+                model, config, loss_type=loss_type, **copy.copy(options)
+            )
             key = f"None/{maker_name}/{options}/{name}/{loss_type}/{n}/{ema_decay}"
             train(out, key, model, maker, loss, (x,), target)
     others: dict[str, Callable[[nn.Module, int], Any]] = {
-        "Seng": lambda model, n: asdl.SengGradientMaker(model, PreconditioningConfig(data_size=n, damping=1.0)),
+        "Seng": lambda model, n: asdl.SengGradientMaker(
+            model, PreconditioningConfig(data_size=n, damping=1.0)
+        ),
         "KronBfgs": lambda model, n: asdl.KronBfgsGradientMaker(
-            model, PreconditioningConfig(data_size=n, damping=1.0, ema_decay=0.5)),
+            model, PreconditioningConfig(data_size=n, damping=1.0, ema_decay=0.5)
+        ),
         "Smw": lambda model, n: asdl.SmwEmpNaturalGradientMaker(
-            model, asdl.SmwEmpNaturalGradientConfig(data_size=n, damping=1.0)),
-        "Shampoo": lambda model, n: asdl.ShampooGradientMaker(model, PreconditioningConfig(damping=1e-2)),
+            model, asdl.SmwEmpNaturalGradientConfig(data_size=n, damping=1.0)
+        ),
+        "Shampoo": lambda model, n: asdl.ShampooGradientMaker(
+            model, PreconditioningConfig(damping=1e-2)
+        ),
     }
     for (maker_name, make_maker), n in itertools.product(others.items(), (5, 8)):
         torch.manual_seed(2)
         model = mlp_without_norm()
         maker = make_maker(model, n)
-        train(out, f"None/{maker_name}/{n}", model, maker, nn.CrossEntropyLoss(), (torch.randn(n, D),),
-              torch.randint(C, (n,)), with_fisher=False, lr=0.01)
+        train(
+            out,
+            f"None/{maker_name}/{n}",
+            model,
+            maker,
+            nn.CrossEntropyLoss(),
+            (torch.randn(n, D),),
+            torch.randint(C, (n,)),
+            with_fisher=False,
+            lr=0.01,
+        )
 
 
 def main() -> None:

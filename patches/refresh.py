@@ -1,9 +1,10 @@
-"""Bring the series up to date with the plugin: ``python patches/refresh.py`` after its modules have changed.
+"""Bring the series up to date with the plugin: ``python patches/refresh.py`` after its modules have
+changed.
 
-Applies the patches one by one in a scratch tree, puts the plugin's modules as they are now where the series adds them
-(:data:`series.ADDED`), and exports the series again. What patches do to ASDL's own files stays as it is; to change
-that, edit the commits in a tree of your own (``--keep FOLDER``, ``git rebase``) and export from there (``--from
-FOLDER``).
+Applies the patches one by one in a scratch tree, puts the plugin's modules as they are now where
+the series adds them (:data:`series.ADDED`), and exports the series again. What patches do to ASDL's
+own files stays as it is; to change that, edit the commits in a tree of your own (``--keep FOLDER``,
+``git rebase``) and export from there (``--from FOLDER``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import series
 
 
 def bring_up_to_date(tree: Path, which: int) -> None:
-    """Add the plugin's modules that belong to a patch to its commit, which is the last one. Sets the author, too."""
+    """Add the plugin's modules that belong to a patch to its commit, which is the last one. Sets
+    the author, too.
+    """
     for module in series.added_by(which):
+        (tree / series.NATIVE).mkdir(exist_ok=True)
         shutil.copyfile(series.PLUGIN / f"{module}.py", tree / series.NATIVE / f"{module}.py")
     series.git(tree, "add", "--all")
     series.git(tree, "commit", "--quiet", "--amend", "--no-edit", "--allow-empty", "--reset-author")
@@ -30,8 +34,14 @@ def rebuild(tree: Path, patches: list[Path]) -> None:
     for patch in patches:
         # The modules are left out, so that it does not matter which ones there were.
         series.git(
-            tree, "am", "--quiet", "--keep-cr", "--committer-date-is-author-date",
-            f"--include={series.NATIVE}/__init__.py", f"--exclude={series.NATIVE}/*", "--include=*", str(patch),
+            tree,
+            "am",
+            "--quiet",
+            "--keep-cr",
+            "--committer-date-is-author-date",
+            f"--exclude={series.NATIVE}/*",
+            "--include=*",
+            str(patch),
         )
         bring_up_to_date(tree, series.number(patch))
 
@@ -41,17 +51,34 @@ def export(tree: Path, folder: Path) -> list[Path]:
     for old in folder.glob("[0-9][0-9][0-9][0-9]-*.patch"):
         old.unlink()
     series.git(
-        tree, "format-patch", "--quiet", "--unified=1", "--zero-commit", "--no-signature", "--no-stat",
-        "--no-renames", "--diff-algorithm=histogram", "--filename-max-length=100", "--output-directory", str(folder),
+        tree,
+        "format-patch",
+        "--quiet",
+        "--unified=1",
+        "--zero-commit",
+        "--no-signature",
+        "--no-stat",
+        "--no-renames",
+        "--diff-algorithm=histogram",
+        "--filename-max-length=100",
+        "--output-directory",
+        str(folder),
         "stock",
     )
     return sorted(folder.glob("[0-9][0-9][0-9][0-9]-*.patch"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--keep", type=Path, help="leave the scratch tree in this folder")
-    parser.add_argument("--from", dest="source", type=Path, help="take the commits of this tree instead of the patches")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="take the commits of this tree instead of the patches",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         patches = series.patches()

@@ -1,7 +1,9 @@
-"""The series and the scratch tree it is applied in: what :mod:`check`, :mod:`refresh` and the test suite share.
+"""The series and the scratch tree it is applied in: what :mod:`check`, :mod:`refresh` and the test
+suite share.
 
-The tree holds ``asdl/`` as the stock wheel has it, and one commit for each patch. A patch may add modules of the plugin
-to ``asdl/weight_sharing/``; they are the plugin's files, byte for byte, and :data:`ADDED` says which patch adds which.
+The tree holds ``asdl/`` as the stock wheel has it, and one commit for each patch. A patch may add
+modules of the plugin to ``asdl/weight_sharing/``; they are the plugin's files, byte for byte, and
+:data:`ADDED` says which patch adds which.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PLUGIN = HERE.parent / "asdl_ws_plugin"
+PLUGIN = HERE.parent / "asdl_ws_plugin" / "weight_sharing"
 NATIVE = Path("asdl/weight_sharing")
 VERSION = "0.1a5"
 
 # The number of a patch -> the modules of the plugin it needs; what those import comes with them.
 ADDED = {
-    1: ["registry", "rules"],
+    1: ["__init__", "registry", "rules"],
     2: ["capture"],
     3: ["nvtx"],
     4: ["loss"],
@@ -31,10 +33,15 @@ ADDED = {
 DATE = "2026-01-01T00:00:00Z"
 # The author, and a git that does what it does everywhere.
 ENVIRONMENT = {
-    "GIT_AUTHOR_NAME": "asdl-ws-plugin", "GIT_AUTHOR_EMAIL": "asdl-ws-plugin@users.noreply.github.com",
-    "GIT_COMMITTER_NAME": "asdl-ws-plugin", "GIT_COMMITTER_EMAIL": "asdl-ws-plugin@users.noreply.github.com",
-    "GIT_AUTHOR_DATE": DATE, "GIT_COMMITTER_DATE": DATE,
-    "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "LC_ALL": "C",
+    "GIT_AUTHOR_NAME": "asdl-ws-plugin",
+    "GIT_AUTHOR_EMAIL": "asdl-ws-plugin@users.noreply.github.com",
+    "GIT_COMMITTER_NAME": "asdl-ws-plugin",
+    "GIT_COMMITTER_EMAIL": "asdl-ws-plugin@users.noreply.github.com",
+    "GIT_AUTHOR_DATE": DATE,
+    "GIT_COMMITTER_DATE": DATE,
+    "GIT_CONFIG_GLOBAL": os.devnull,
+    "GIT_CONFIG_SYSTEM": os.devnull,
+    "LC_ALL": "C",
 }
 
 
@@ -49,10 +56,15 @@ def number(patch: Path) -> int:
 
 def git(tree: Path, *arguments: str) -> str:
     """Run git in the scratch tree. Raises a RuntimeError that shows what git said if it fails."""
-    # git sets some for hooks and aliases of an outer repository, others are the user's: GIT_DIR, GIT_CONFIG_COUNT, ...
+    # git sets some for hooks and aliases of an outer repository, others are the user's: GIT_DIR,
+    # GIT_CONFIG_COUNT, ...
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
-        ["git", *arguments], cwd=tree, env={**environment, **ENVIRONMENT}, capture_output=True, encoding="utf-8",
+        ["git", *arguments],
+        cwd=tree,
+        env={**environment, **ENVIRONMENT},
+        capture_output=True,
+        encoding="utf-8",
         errors="replace",
     )
     if done.returncode:
@@ -61,10 +73,14 @@ def git(tree: Path, *arguments: str) -> str:
 
 
 def stock_package() -> Path:
-    """The folder ``asdl`` of the installed stock wheel, whatever a PYTHONPATH puts in front of it."""
+    """The folder ``asdl`` of the installed stock wheel, whatever a PYTHONPATH puts in front of
+    it.
+    """
     distribution = metadata.distribution("asdfghjkl")
     if distribution.version != VERSION:
-        raise RuntimeError(f"The patches are for asdfghjkl {VERSION}, installed is {distribution.version}.")
+        raise RuntimeError(
+            f"The patches are for asdfghjkl {VERSION}, installed is {distribution.version}."
+        )
     return Path(str(distribution.locate_file("asdl")))
 
 
@@ -94,8 +110,12 @@ def imports_of(module: str) -> list[str]:
 
 
 def added_by(which: int) -> list[str]:
-    """The modules of the plugin that this patch adds, with what they import, less what earlier patches added."""
-    before = {name for earlier in ADDED if earlier < which for name in _with_imports(ADDED[earlier])}
+    """The modules of the plugin that this patch adds, with what they import, less what earlier
+    patches added.
+    """
+    before = {
+        name for earlier in ADDED if earlier < which for name in _with_imports(ADDED[earlier])
+    }
     return [name for name in _with_imports(ADDED.get(which, [])) if name not in before]
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from asdl_ws_plugin import registry
+from asdl_ws_plugin.weight_sharing import registry
 
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
-    """Every test starts from the same generator state and leaves no other dtype, whatever ran before it."""
+    """Every test starts from the same generator state and leaves no other dtype, whatever ran
+    before it.
+    """
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield

@@ -1,0 +1,3 @@
+"""Model surgery: fused and functional weights become linear layers that hooks see, in place and
+back.
+"""

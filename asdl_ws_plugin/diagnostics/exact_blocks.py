@@ -1,0 +1,326 @@
+"""The exact block of a layer, and the passes over a batch that add it up beside its Kronecker
+factors.
+
+Both are sums over examples and loss terms of the same output gradients. What they are compared for,
+and which layers are, is the business of :mod:`~asdl_ws_plugin.exactness`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from asdl.fisher import FisherConfig
+from asdl.operations import OP_COV_KRON, Operation
+from asdl.symmatrix import Kron
+from asdl.vector import ParamVector
+from torch import Tensor, nn
+
+from ..weight_sharing import factors
+from ..weight_sharing.batch import Batch
+from ..weight_sharing.blocks import LinearBlock
+from ..weight_sharing.capture import Layer, Record
+from ..weight_sharing.fisher_maker import WeightSharingFisherMaker
+from ..weight_sharing.loss import LossTerms
+from ..weight_sharing.positions import Positions
+from ..weight_sharing.ragged import Ragged
+from ..weight_sharing.registry import find_operation
+
+__all__ = ["Comparison", "ExactBlock", "NothingSeen"]
+
+# Gradients of examples are added to the block this many at a time, and a block is compared in parts
+# of this many numbers: few enough to be small beside a block of 10,000 weights, enough to be fast.
+_ROWS = 256
+_PART_NUMEL = 1 << 20
+
+
+class ExactBlock:
+    """The exact block of one layer and its approximations, as sums over examples and terms."""
+
+    def __init__(self, layer: Layer, compare: tuple[str, ...]) -> None:
+        self.layer, self.compare = layer, compare
+        weight: Any = layer.module.weight
+        self.sizes = (weight.shape[0], weight[0].numel())
+        options: dict[str, Any] = {
+            "dtype": factors.accumulation_dtype(weight.dtype),
+            "device": weight.device,
+        }
+        numel = weight.numel()
+        self.exact = torch.zeros(numel, numel, **options)
+        self.A = {name: torch.zeros(self.sizes[1], self.sizes[1], **options) for name in compare}
+        self.B = {name: torch.zeros(self.sizes[0], self.sizes[0], **options) for name in compare}
+        self.grad = torch.zeros(numel, **options)
+        self.grad_of_calls = torch.zeros(numel, **options)
+        self.unseen = ""
+        self._buffer = torch.empty(min(_ROWS, numel), numel, **options)
+        self._filled = 0
+        self.contributions = 0
+
+    def add(self, grads: Tensor) -> None:
+        """Add ``Σ_n g_n g_nᵀ`` for the rows of ``grads``, ``(n, QP)``; their sum is delayed until
+        there are many.
+        """
+        self.contributions += 1
+        while len(grads):
+            part, grads = grads.split(
+                [room := min(len(self._buffer) - self._filled, len(grads)), len(grads) - room]
+            )
+            self._buffer[self._filled : self._filled + room] = part
+            self._filled += room
+            if self._filled == len(self._buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        rows = self._buffer[: self._filled]
+        self.exact.addmm_(rows.mT, rows)
+        self._filled = 0
+
+    def why_not(self) -> str | None:
+        """Why there is nothing to compare."""
+        if not self.contributions:
+            return f"it {self.unseen or 'took no part'}"
+        self.flush()
+        if not bool(self.exact.diagonal().any()):
+            return "its exact block is zero"
+        scale = torch.maximum(self.grad.norm(), self.grad_of_calls.norm())
+        if bool(
+            (self.grad - self.grad_of_calls).norm()
+            > scale * torch.finfo(self.grad.dtype).eps ** 0.5
+        ):
+            return (
+                "its calls do not make up the gradient of its weight, which is also used without "
+                "calling it. asdl_ws_plugin.convert(model) may help"
+            )
+        return None
+
+    def compared(
+        self, num_examples: int, num_terms: float, damping: float | None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Errors and cosines by strategy. Uses up :attr:`exact`, of which a second copy may not fit
+        into memory.
+        """
+        exact = self.exact.div_(num_terms)
+        krons = {
+            name: Kron(self.A[name] / num_examples, self.B[name] / num_terms)
+            for name in self.compare
+        }
+        errors = {name: _relative_error(kron.A, kron.B, exact) for name, kron in krons.items()}
+        cosines: dict[str, float] = {}
+        if damping is None:
+            return errors, cosines
+        try:
+            best = _solved_in_place(exact, self.grad, damping)
+            for name, kron in krons.items():
+                kron.update_inv(damping)
+                cosines[name] = math.nan
+                if kron.has_inv and bool(self.grad.any()):
+                    preconditioned = (
+                        kron.B_inv @ self.grad.view(self.sizes) @ kron.A_inv
+                    ).flatten()
+                    cosines[name] = F.cosine_similarity(preconditioned, best, dim=0, eps=0.0).item()
+        except torch.linalg.LinAlgError as error:
+            raise torch.linalg.LinAlgError(
+                f"Layer '{self.layer.name}': a matrix plus damping {damping} is not positive "
+                f"definite. Increase damping, or use the model in double precision. ({error})"
+            ) from error
+        return errors, cosines
+
+
+def _relative_error(A: Tensor, B: Tensor, exact: Tensor) -> float:
+    """``‖B ⊗ A - exact‖ / ‖exact‖`` without the Kronecker product: some of its rows at a time."""
+    P, Q = len(A), len(B)
+    rows = exact.view(Q, P, Q, P)
+    difference = total = 0.0
+    for q in range(0, Q, max(1, _PART_NUMEL // (P * Q * P))):
+        part = rows[q : q + max(1, _PART_NUMEL // (P * Q * P))]
+        total += part.square().sum(dtype=torch.float64).item()
+        kron = B[q : q + len(part), None, :, None] * A[None, :, None, :]  # (b ⊗ a): q p q' p'
+        difference += kron.sub_(part).square_().sum(dtype=torch.float64).item()
+    return math.sqrt(difference / total)
+
+
+def _solved_in_place(matrix: Tensor, vector: Tensor, damping: float) -> Tensor:
+    """``(matrix + damping)⁻¹ vector`` by a Cholesky factor in the place of ``matrix``, which is
+    symmetric.
+    """
+    matrix.diagonal().add_(damping)
+    lower = matrix.mT  # LAPACK's order of a matrix: nothing is copied
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
+    if int(info):
+        raise torch.linalg.LinAlgError(
+            f"The leading minor of order {int(info)} of the exact block is not positive."
+        )
+    x = torch.linalg.solve_triangular(lower, vector.unsqueeze(1), upper=False)
+    return torch.linalg.solve_triangular(lower.mT, x, upper=True).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------- one batch
+
+
+class _Collector(Operation):
+    """Hands a layer's arranged tensors in one batch to the operations of the strategies and to its
+    exact block.
+    """
+
+    def __init__(self, block: ExactBlock) -> None:
+        module: Any = block.layer.module
+        super().__init__(module, [])
+        self.block = block
+        self.operations: dict[str, Any] = {}
+        for name in block.compare:
+            operation = find_operation(module, name)
+            if operation is None:
+                raise ValueError(
+                    f"Layer '{block.layer.name}': there is no operation for it under '{name}'."
+                )
+            self.operations[name] = operation(module, [OP_COV_KRON])
+        self.is_ragged = False
+        self.of_loss = False  # the output gradients that come next are those of the loss
+
+    def num_feature_dims(self, module: Any) -> int:
+        count = getattr(next(iter(self.operations.values())), "num_feature_dims", None)
+        return 1 if count is None else count(module)
+
+    def ragged_in_data(self, in_data: Tensor, ragged: Ragged) -> tuple[Tensor, float]:
+        self.is_ragged = True
+        for operation in self.operations.values():
+            take = getattr(operation, "ragged_in_data", None)
+            x, scale = take(in_data, ragged) if take is not None else (ragged.pad(in_data), 1.0)
+            operation.set_cov_scale(scale)
+            operation.forward_post_process(x, None)
+        return ragged.pad(in_data), 1.0
+
+    def ragged_out_grads(self, out_grads: Tensor, ragged: Ragged) -> Tensor:
+        if not self.of_loss:
+            for operation in self.operations.values():
+                take = getattr(operation, "ragged_out_grads", None)
+                self._take_grads(
+                    operation,
+                    take(out_grads, ragged) if take is not None else ragged.pad(out_grads),
+                )
+        return ragged.pad(out_grads)
+
+    def forward_post_process(self, in_data: Tensor, out_data: Any) -> None:
+        if not self.is_ragged:
+            for operation in self.operations.values():
+                operation.set_cov_scale(1.0)
+                operation.forward_post_process(in_data, None)
+        is_image = isinstance(self._module, nn.Conv2d) and in_data.ndim == 4
+        self.in_data = factors.patches(in_data, self._module) if is_image else in_data
+
+    def backward_pre_process(self, out_grads: Tensor, vector: Any = None) -> None:
+        block = self.block
+        if self.of_loss:
+            for a, b in self._parts(out_grads):
+                block.grad_of_calls += factors.per_example_grads(a, b).sum(0).flatten()
+            return
+        if not self.is_ragged:
+            for operation in self.operations.values():
+                self._take_grads(operation, out_grads)
+        for a, b in self._parts(out_grads):
+            block.add(factors.per_example_grads(a, b).flatten(1))
+
+    def _parts(self, out_grads: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and output gradients of a few examples at a time."""
+        yield from zip(self.in_data.split(_ROWS), out_grads.split(_ROWS), strict=True)
+
+    @staticmethod
+    def _take_grads(operation: Operation, out_grads: Tensor) -> None:
+        operation.set_cov_scale(1.0)
+        operation.backward_pre_process(out_grads)
+
+    def finish(self) -> None:
+        """Add the factors to the block's."""
+        for name, operation in self.operations.items():
+            result = operation.get_result(OP_COV_KRON, pop=True, default={})
+            if "B" in result:
+                self.block.A[name] += result["A"]
+                self.block.B[name] += result["B"]
+
+
+class _CollectingBatch(Batch):
+    def __init__(self, blocks: dict[nn.Module, ExactBlock], *args: Any) -> None:
+        self.collectors = {module: _Collector(block) for module, block in blocks.items()}
+        super().__init__(*args)
+
+    def _operation(self, layer: Layer) -> Operation:
+        return self.collectors[layer.module]
+
+
+class NothingSeen(Exception):
+    """None of the layers that are looked at took part in a batch."""
+
+
+class Comparison(WeightSharingFisherMaker):
+    """The exact Fisher's passes over a batch, into blocks instead of the modules' curvature."""
+
+    def __init__(
+        self, model: nn.Module, config: FisherConfig, layers: list[Layer], compare: tuple[str, ...]
+    ) -> None:
+        super().__init__(model, config)
+        self.blocks = {layer.module: ExactBlock(layer, compare) for layer in self.plan.layers}
+        self.num_examples, self.num_terms = 0, 0.0
+
+    def _new_batch(
+        self,
+        layers: list[Layer],
+        record: Record,
+        num_examples: int,
+        positions: dict[nn.Module, Positions],
+        scale_A: Any,
+        fvp: bool,
+        vec: ParamVector | None,
+    ) -> Batch:
+        self.num_examples += num_examples
+        return _CollectingBatch(
+            self.blocks, self.model, self.plan, layers, record, num_examples, positions, scale_A
+        )
+
+    def _backward(
+        self,
+        batch: Batch,
+        terms: LossTerms,
+        loss: Tensor | None,
+        scale_B: Any,
+        calc_loss_grad: bool,
+    ) -> None:
+        assert isinstance(batch, _CollectingBatch) and loss is not None
+        num_terms = float(terms.num_terms)
+        self.num_terms += num_terms
+        modules = [layer.module for layer in batch.layers]
+        held: list[Any] = [
+            m.owned("weight") if isinstance(m, LinearBlock) else m.weight for m in modules
+        ]
+        grads = torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)
+        for module, grad in zip(modules, grads, strict=True):
+            if grad is not None:
+                part = module._part("weight", grad) if isinstance(module, LinearBlock) else grad
+                self.blocks[module].grad.add_(part.flatten(), alpha=num_terms)
+        for collector in batch.collectors.values():
+            collector.of_loss = True
+        batch.take_output_grads(loss * num_terms, None, retain_graph=True)
+        batch.end_of_pass()
+        for collector in batch.collectors.values():
+            collector.of_loss = False
+        super()._backward(batch, terms, loss, scale_B, False)
+
+    def _nothing_seen(self, layers: list[Layer], record: Record) -> str:
+        for layer in layers:
+            no_graph = layer.module in record.without_graph
+            self.blocks[layer.module].unseen = (
+                "ran without an autograd graph" if no_graph else "was not called"
+            )
+        raise NothingSeen
+
+    def _report_unseen(self, layers: list[Layer], record: Record) -> None:
+        for module, reason in self.unseen.items():
+            self.blocks[module].unseen = reason
+
+    def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
+        assert isinstance(batch, _CollectingBatch)
+        for collector in batch.collectors.values():
+            collector.finish()

@@ -1,0 +1,270 @@
+"""Hooks: what every layer of a model saw in one forward pass, and handles on the gradients of its
+outputs.
+
+Forward hooks only; they are gone as soon as the forward pass is over. Instead of backward hooks,
+the *gradient edge* of each output is kept: the place in the autograd graph where the gradient with
+respect to it arrives. An in-place activation after the layer, the user's own hooks, calls by
+keyword and repeated calls leave it valid, and ``torch.autograd.grad`` up to these edges computes no
+weight gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+__all__ = [
+    "Call",
+    "Layer",
+    "Record",
+    "batch_norm_edge",
+    "first_tensor",
+    "last_nodes",
+    "output_edge",
+    "recording",
+]
+
+
+@dataclass
+class Call:
+    """One call of a layer. ``edge`` is where the gradient w.r.t. its output, of shape
+    ``out_shape``, arrives.
+
+    ``module`` is the one of the layer's modules that was called: modules of one weight may differ
+    in all else.
+    """
+
+    module: nn.Module
+    in_data: Tensor | None
+    out_shape: torch.Size
+    edge: GradientEdge
+    version: int
+
+    def unmodified_input(self, name: str) -> Tensor:
+        """The layer's input. Raises a RuntimeError if it was modified in place after the call."""
+        assert self.in_data is not None
+        if self.in_data._version != self.version:
+            raise RuntimeError(
+                f"Layer '{name}': its input was modified in place after the layer was called, so "
+                "its curvature cannot be computed. Use the out-of-place operation, or "
+                "ignore_modules."
+            )
+        return self.in_data
+
+    def release_input(self) -> None:
+        """Let go of the input once everything that needs it was computed."""
+        self.in_data = None
+
+
+@dataclass
+class Layer:
+    """A layer whose curvature is wanted: all modules that hold its weight (one, unless the weight
+    is tied).
+    """
+
+    name: str
+    module: nn.Module
+    shape: str
+    tied: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.module, *(module for _, module in self.tied)]
+
+
+@dataclass(eq=False)
+class Record:
+    """What :func:`recording` saw.
+
+    Attributes:
+        calls: the calls of each layer.
+        without_graph: the layers that ran outside of autograd.
+        positions: what was said of the rows of each module while the model ran.
+    """
+
+    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+    without_graph: set[nn.Module] = field(default_factory=set)
+    positions: dict[nn.Module, Any] = field(default_factory=dict)
+
+
+_records: list[Record] = []
+
+
+def current_record() -> Record | None:
+    """The record that is being made, if one is."""
+    return _records[-1] if _records else None
+
+
+def last_nodes(outputs: Tensor, nodes: set[Node]) -> set[Node]:
+    """Those of ``nodes`` that a backward pass from ``outputs`` reaches and behind which it meets no
+    other of them.
+
+    A pass that computes the gradients there runs through all others that it reaches.
+    """
+    last: set[Node] = set()
+    meets: dict[
+        Node, bool
+    ] = {}  # whether one of the nodes is there or behind; keeps the visited nodes alive
+    root = outputs.grad_fn
+    stack = [] if root is None else [(root, False)]
+    while stack:
+        node, left = stack.pop()
+        if left:
+            behind = any(meets[other] for other, _ in node.next_functions if other is not None)
+            if node in nodes and not behind:
+                last.add(node)
+            meets[node] = behind or node in nodes
+        elif node not in meets:
+            meets[node] = False
+            stack.append((node, True))
+            stack += [
+                (other, False)
+                for other, _ in node.next_functions
+                if other is not None and other not in meets
+            ]
+    return last
+
+
+def output_edge(out: Tensor) -> GradientEdge:
+    """Where the gradient with respect to a layer's output arrives, whatever is done to the output
+    in place.
+    """
+    base = out._base
+    if (
+        base is not None
+        and base.grad_fn is not None
+        and base.numel() == out.numel()
+        and base.is_contiguous()
+        and out.is_contiguous()
+    ):
+        # F.linear returns a view for inputs of three dimensions. An in-place operation on a view
+        # rebuilds the view's node but keeps the base's, so the gradient is taken there.
+        return get_gradient_edge(base)
+    return get_gradient_edge(out)
+
+
+def batch_norm_edge(module: nn.Module, in_data: Tensor, out: Tensor) -> GradientEdge | None:
+    """Where the gradient with respect to the batch normalization within a module arrives, as before
+    an activation.
+
+    ``None`` if the module does not normalize ``in_data`` itself with its own weight and bias.
+    """
+    own = {id(p) for p in module.parameters(recurse=False)}
+    done = {in_data.grad_fn}
+    todo = [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in done:
+            continue
+        done.add(node)
+        inner = [other for other, _ in node.next_functions]
+        if "BatchNorm" in node.name() and any(
+            id(getattr(other, "variable", None)) in own for other in inner
+        ):
+            source = None if inner[0] is None else getattr(inner[0], "variable", inner[0])
+            is_input = (
+                source is (in_data if in_data.is_leaf else in_data.grad_fn)
+                or not in_data.requires_grad
+            )
+            return GradientEdge(node, 0) if is_input else None
+        todo += inner
+    return None
+
+
+def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor:
+    """The first tensor of a layer's arguments or outputs. Raises a TypeError that names the layer
+    if there is none.
+    """
+    if isinstance(values, Tensor):
+        return values
+    values = values.values() if isinstance(values, dict) else values
+    if isinstance(values, (list, tuple)) or hasattr(values, "__iter__"):
+        for value in values:
+            if isinstance(value, Tensor):
+                return value
+    raise TypeError(f"Layer '{name}' ({type(module).__name__}): no tensor among its {what}.")
+
+
+@contextlib.contextmanager
+def _eagerly() -> Iterator[None]:
+    """Whatever was compiled runs as if it were not."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+    elif hasattr(torch.compiler, "set_stance"):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:  # PyTorch 2.5
+        eval_frame: Any = sys.modules["torch._dynamo.eval_frame"]
+        set_callback = eval_frame._maybe_set_eval_frame
+        eval_frame._maybe_set_eval_frame = lambda callback: set_callback(None)
+        try:
+            yield
+        finally:
+            eval_frame._maybe_set_eval_frame = set_callback
+
+
+@contextlib.contextmanager
+def recording(
+    layers: list[Layer],
+    check: Callable[[Layer, nn.Module, Tensor, Tensor], GradientEdge | None] | None = None,
+    on_refusal: Callable[[Layer, Exception], None] | None = None,
+) -> Iterator[Record]:
+    """Record the calls of these layers while the context is open; ``check(layer, module, in_data,
+    out)`` on each.
+
+    What that returns is where the layer's output gradient arrives, unless it is ``None``: at the
+    module's output. With ``on_refusal``, a call that cannot be recorded is handed to it with the
+    error instead of raising that.
+
+    Whatever torch.compile compiled runs eagerly meanwhile: compiled code skips hooks, or hides the
+    outputs of inner
+    layers from autograd.
+    """
+    record = Record()
+    handles = []
+
+    def add_hook(layer: Layer, name: str, module: nn.Module) -> None:
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
+            try:
+                note(args, kwargs, output)
+            except (TypeError, ValueError) as error:
+                if on_refusal is None:
+                    raise
+                on_refusal(layer, error)
+
+        def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            out = first_tensor(name, module, "outputs", output)
+            if out.grad_fn is None:
+                record.without_graph.add(layer.module)
+                return
+            in_data = first_tensor(name, module, "arguments", args or kwargs)
+            edge = None if check is None else check(layer, module, in_data, out)
+            call = Call(
+                module, in_data.detach(), out.shape, edge or output_edge(out), in_data._version
+            )
+            record.calls.setdefault(layer.module, []).append(call)
+
+        # First of all hooks: the user's own may replace the output.
+        handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+
+    try:
+        for layer in layers:
+            for name, module in [(layer.name, layer.module), *layer.tied]:
+                add_hook(layer, name, module)
+        with _eagerly():
+            _records.append(record)
+            yield record
+    finally:
+        if record in _records:
+            _records.remove(record)
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,190 @@
+"""Curvature in a ``state_dict``: what a gradient maker has to remember besides the step.
+
+The state is made of dicts, strings and tensors, so that ``torch.save`` takes it and
+``torch.load(weights_only=True)`` gives it back. Tensors are those in use, not copies, as in
+``torch.optim``; loading copies them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from asdl.symmatrix import SymMatrix
+from torch import Tensor, nn
+
+from .matrices import corrected, pairs, share_inverses
+
+__all__ = [
+    "check_strategies",
+    "complete_inverses",
+    "curvature_state",
+    "load_curvature_state",
+    "load_plan_state",
+    "plan_state",
+    "rank_state",
+]
+
+# key in the state -> where it is in a SymMatrix, and how its constructor calls it
+_TENSORS = {
+    "data": "data",
+    "inv": "inv",
+    "kron.A": "kron_A",
+    "kron.B": "kron_B",
+    "kron.A_inv": "kron_A_inv",
+    "kron.B_inv": "kron_B_inv",
+    "unit.data": "unit_data",
+    "unit.inv": "unit_inv",
+    "diag.weight": "diag_weight",
+    "diag.bias": "diag_bias",
+    "diag.weight_inv": "diag_weight_inv",
+    "diag.bias_inv": "diag_bias_inv",
+    "kfe.Ua": "kfe_A",
+    "kfe.Ub": "kfe_B",
+    "kfe.scale": "kfe_scale",
+}
+
+
+def curvature_state(model: nn.Module, attr: str) -> dict[str, dict[str, Any]]:
+    """Module name -> the tensors of its curvature, factors and inverses, for every module that has
+    one.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        matrix = getattr(module, attr, None)
+        if matrix is None:
+            continue
+        entries = {key: _get(matrix, key) for key in _TENSORS}
+        state[name] = {key: value for key, value in entries.items() if value is not None}
+        if hasattr(matrix, "trained"):  # the parameters that the curvature is of
+            state[name]["trained"] = list(matrix.trained)
+    return state
+
+
+def _get(matrix: SymMatrix, key: str) -> Any:
+    value: Any = matrix
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str, Any]]) -> None:
+    """Give the modules the curvature of a state, in the place of what they have.
+
+    Raises a ValueError, before anything is changed, if the model lacks a module or has another
+    shape there.
+    """
+    modules = dict(model.named_modules())
+    loaded: dict[int, Tensor] = {}  # tensors that several modules share stay shared
+
+    def load(value: Any, like: Tensor) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(load(item, like) for item in value)
+        if id(value) not in loaded:
+            loaded[id(value)] = value.detach().to(like.device, copy=True)
+        return loaded[id(value)]
+
+    matrices = []
+    for name, entry in state.items():
+        module = modules.get(name)
+        if module is None:
+            raise ValueError(
+                f"The state has curvature of a module '{name}', which the model lacks."
+            )
+        _check_sizes(name, module, entry)
+        like = next(
+            p for p in (getattr(module, "weight", None), *module.parameters()) if p is not None
+        )
+        values = {
+            _TENSORS[key]: load(value, like) for key, value in entry.items() if key in _TENSORS
+        }
+        matrix = corrected(SymMatrix(**values))
+        if "trained" in entry:
+            matrix.trained = tuple(entry["trained"])
+        matrices.append((module, matrix))
+    for module in modules.values():
+        if hasattr(module, attr):
+            delattr(module, attr)
+    for module, matrix in matrices:
+        setattr(module, attr, matrix)
+
+
+def rank_state(maker: Any) -> list[int]:
+    """Whose state it is. With several ranks, each has all factors, but inverses of its own layers
+    only.
+    """
+    return [maker.world_rank, maker.world_size]
+
+
+def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
+    """Invert what the state of another rank has no inverse of, and this rank preconditions with.
+
+    The inverses are those of the factors as they are in the state.
+    """
+    from asdl.precondition.natural_gradient import (
+        _module_level_shapes,
+    )  # imports this module on an ASDL with patches
+
+    if state.get("rank", [0, 1]) == rank_state(maker):
+        return
+    matrices = [
+        (module, matrix)
+        for shape, partition in zip(_module_level_shapes, maker.partitions, strict=True)
+        for module, rank in zip(maker.modules_for(shape), partition, strict=False)
+        if rank == maker.world_rank and (matrix := maker._get_module_fisher(module)) is not None
+    ]
+    share_inverses(matrices)
+    for _, matrix in matrices:
+        if any(inverse is None for _, inverse in pairs(matrix)):
+            matrix.update_inv(maker.config.damping)
+
+
+def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
+    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+        return
+    weight = module.weight
+    for key, size in (("kron.A", weight[0].numel()), ("kron.B", weight.shape[0])):
+        for found in (entry.get(key), entry.get(f"{key}_inv")):
+            if found is not None and found.shape[-1] != size:
+                raise ValueError(
+                    f"The state has {key} of sizes {tuple(found.shape)} for the module '{name}', "
+                    f"whose weight is of sizes {tuple(weight.shape)}."
+                )
+
+
+def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
+    """What batches have settled: the setting of ``'auto'``, layouts, roles, and which layers the
+    last one left out.
+    """
+    names = {module: name for name, module in plan.model.named_modules()}
+    return {
+        "setting": plan.setting,
+        "strategies": {layer.name: plan.strategy_of(layer) for layer in plan.layers},
+        "layouts": {names[module]: layout for module, layout in plan.layouts.settled.items()},
+        "roles": [
+            [names[module], call, role] for (module, call), role in plan.layouts.roles.items()
+        ],
+        "unseen": {names[module]: reason for module, reason in unseen.items()},
+    }
+
+
+def check_strategies(plan: Any, state: dict[str, Any]) -> None:
+    """Raise a ValueError if the state's curvature is under other strategies: one average must not
+    mix them.
+    """
+    strategies = state.get("strategies", {})
+    for layer in plan.layers:
+        found, own = strategies.get(layer.name), plan.strategy_of(layer)
+        if None not in (found, own) and found != own:
+            raise ValueError(
+                f"Layer '{layer.name}': the state has its curvature under '{found}', not under "
+                f"'{own}'."
+            )
+
+
+def load_plan_state(plan: Any, state: dict[str, Any]) -> dict[nn.Module, str]:
+    """The inverse of :func:`plan_state`; returns the layers that the last batch left out."""
+    modules = dict(plan.model.named_modules())
+    plan.setting = state["setting"]
+    plan.layouts.settled = {modules[name]: layout for name, layout in state["layouts"].items()}
+    plan.layouts.roles = {(modules[name], call): role for name, call, role in state["roles"]}
+    return {modules[name]: reason for name, reason in state["unseen"].items()}
