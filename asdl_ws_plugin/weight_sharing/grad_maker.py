@@ -58,6 +58,7 @@ class WeightSharing(NaturalGradientMaker):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
+    _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
 
     # --------------------------------------------------------------------------------- what is read
@@ -424,7 +425,6 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
         {
             "__doc__": maker_class.__doc__,
             "__module__": maker_class.__module__,
-            "_supported_classes": property(lambda self: supported_classes()),
         },
     )
 
