@@ -20,6 +20,7 @@ from oracles.autograd import (
     SelfAttention,
     Tokenwise,
     assert_equal,
+    assert_factors,
     computed_fisher,
     factor_A,
     layer_inputs,
@@ -32,11 +33,6 @@ from asdl_ws_plugin.weight_sharing.factors import expand_factor_B
 pytestmark = pytest.mark.usefixtures("double")
 
 STRATEGIES = pytest.mark.parametrize("shared_dim", ["expand", "reduce"])
-
-
-def assert_factors(module: nn.Module, expected: Factors, data_size: float) -> None:
-    assert_equal(module.fisher.kron.A, expected.A / data_size)
-    assert_equal(module.fisher.kron.B, expected.B / data_size)
 
 
 # ------------------------------------------------------------------------------------ linear layers
@@ -312,8 +308,7 @@ def test_ignored_labels_contribute_nothing_to_B(shared_dim: str, ignore_index: i
         computed_fisher(model, x, shared_dim, (loss, target), data_size=data_size)
         for module in (model.q, model.v, model.out):
             expected = oracle_factors(model, module, x, shared_dim, weight=used)
-            assert_equal(module.fisher.kron.A, expected.A / 3)
-            assert_equal(module.fisher.kron.B, expected.B / divisor_B)
+            assert_factors(module, (expected.A / 3, expected.B / divisor_B))
 
 
 # ------------------------------------------------------------------------------ without a data_size
@@ -407,8 +402,7 @@ def test_without_data_size_it_is_the_curvature_of_the_loss(shared_dim: str, pool
     computed_fisher(model, x, shared_dim, (loss, target), data_size=-1)
     for module in (model.q, model.v, model.out):
         expected = oracle_factors(model, module, x, shared_dim, weight=weights(target))
-        assert_equal(module.fisher.kron.A, expected.A / 4)
-        assert_equal(module.fisher.kron.B, expected.B / num_terms(target))
+        assert_factors(module, (expected.A / 4, expected.B / num_terms(target)))
 
 
 @pytest.mark.parametrize("case", LOSSES.values(), ids=LOSSES.keys())
@@ -482,8 +476,7 @@ def test_moving_average(shared_dim: str):
         new = oracle_factors(model, model.q, x, shared_dim)
         expected_A = 0.75 * expected_A + 0.25 * new.A / 3
         expected_B = 0.75 * expected_B + 0.25 * new.B / 3
-        assert_equal(model.q.fisher.kron.A, expected_A)
-        assert_equal(model.q.fisher.kron.B, expected_B)
+        assert_factors(model.q, (expected_A, expected_B))
 
 
 def test_oracle_of_A_sees_a_convolutions_padding():

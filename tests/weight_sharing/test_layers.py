@@ -35,7 +35,7 @@ def check(model, layers, setting, x=None, *, tied=None, rtol=1e-10, **options):
             len(x),
             setting,
         )
-        assert_factors(layer, expected, rtol)
+        assert_factors(layer, expected, rtol=rtol)
     return maker
 
 
