@@ -62,7 +62,8 @@ class Converter:
 
     #: The options of :func:`convert` that it reads.
     options: tuple[str, ...] = ()
-    #: Whether the module's own Parameters become those of blocks, which another holder of them would not know.
+    #: Whether the module's own Parameters become those of blocks, which another holder of them
+    #: would not know.
     takes_parameters = False
 
     def wants(self, site: Site) -> bool:

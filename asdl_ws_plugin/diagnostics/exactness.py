@@ -317,13 +317,10 @@ def _choose(
                 n for n, m in model.named_modules() if n in reasons and matches_any(n, m, [key])
             ]
             why = [f"'{n}': {reasons[n]}" for n in named]
+            known = ", ".join(repr(layer.name) for layer in candidates[:8]) or "none"
             raise ValueError(
                 f"layers: {describe_key(key)} matches no layer with Kronecker factors that can be "
-                "compared. "
-                + (
-                    "; ".join(why)
-                    or f"There are {', '.join(repr(layer.name) for layer in candidates[:8]) or 'none'}."
-                )
+                "compared. " + ("; ".join(why) or f"There are {known}.")
             )
         chosen += [layer for layer in matching if layer not in chosen]
     return chosen, {}

@@ -104,9 +104,8 @@ def test_deep_linear_networks(setting: str, sharing: tuple[int, ...], depth: int
     for row in result.rows:
         assert row.error[setting] < 1e-10
         assert row.error[other] > 0.05
-        if (
-            depth == 1
-        ):  # behind another layer, B has the rank of the logits and there is nothing but damping left
+        # Behind another layer, B has the rank of the logits and there is nothing but damping left.
+        if depth == 1:
             assert row.cosine[setting] > 1 - 1e-6
             assert row.cosine[other] < 0.999
 
@@ -516,17 +515,24 @@ LARGE = """
 import torch
 import asdl_ws_plugin
 
+
 def peak():  # of this program; getrusage would begin with that of the process that started it
-    lines = open('/proc/self/status').read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmHWM'))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
 
 def measure(inputs, outputs, damping):
-    model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, 3))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, 3)
+    )
     data, before = (torch.randn(8, 2, inputs), torch.randint(3, (8, 2))), peak()
-    result = asdl_ws_plugin.approximation_error(model, 'cross_entropy', data, ['0'], damping=damping)
-    assert all(0 < error < 1.5 for error in result['0'].error.values()), result
+    result = asdl_ws_plugin.approximation_error(
+        model, "cross_entropy", data, ["0"], damping=damping
+    )
+    assert all(0 < error < 1.5 for error in result["0"].error.values()), result
     print((peak() - before) / (4 * (inputs * outputs) ** 2))
-    return result['0'].cosine
+    return result["0"].cosine
+
 
 torch.manual_seed(0)
 torch.linalg.cholesky(torch.eye(50) + torch.ones(50, 50))

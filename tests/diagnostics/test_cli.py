@@ -23,22 +23,32 @@ MODELS = """
 import torch
 from torch import nn
 
+
 class Tokens(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(100, 8)
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.head = nn.Linear(8, 5)
+
     def forward(self, ids, mask=None):
-        return self.head(self.layer(self.embedding(ids), src_key_padding_mask=None if mask is None else ~mask))
+        return self.head(
+            self.layer(self.embedding(ids), src_key_padding_mask=None if mask is None else ~mask)
+        )
+
 
 class Holder:
     model = nn.Linear(3, 2)
 
+
 tokens = Tokens()
 number = 3
+
+
 def factory():
     return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
 def needs_argument(x):
     return x
 """

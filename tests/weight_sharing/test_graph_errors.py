@@ -145,7 +145,8 @@ def test_segments_missing(first: bool):
         training.unchanged(),
         pytest.raises(
             ValueError,
-            match=r"Layer '(edge|node)': it is not known which example each of its \d+ rows belongs to",
+            match=r"Layer '(edge|node)': it is not known which example each of its \d+ rows "
+            "belongs to",
         ),
     ):
         training.step(graphs)
@@ -224,7 +225,8 @@ def test_an_index_on_another_device():
         training.unchanged(),
         pytest.raises(
             ValueError,
-            match=r"Layer .edge.: its input is on cpu, but the index of its rows on meta\. Move the index",
+            match=r"Layer .edge.: its input is on cpu, but the index of its rows on meta\. Move "
+            "the index",
         ),
     ):
         training.step(graphs)
@@ -252,7 +254,8 @@ def test_as_many_nodes_as_edges():
         training.unchanged(),
         pytest.raises(
             ValueError,
-            match=r"Layer 'edge': its 12 rows fit the roles 'node', 'edge'.*roles=\[\('edge', 'node'\)\]",
+            match=r"Layer 'edge': its 12 rows fit the roles 'node', 'edge'.*"
+            r"roles=\[\('edge', 'node'\)\]",
         ),
     ):
         step(training, ambiguous)
