@@ -24,9 +24,9 @@ from ..weight_sharing.batch import Batch
 from ..weight_sharing.blocks import LinearBlock
 from ..weight_sharing.capture import Layer, Record
 from ..weight_sharing.fisher_maker import WeightSharingFisherMaker
-from ..weight_sharing.loss import LossTerms
 from ..weight_sharing.positions import Positions
 from ..weight_sharing.ragged import Ragged
+from ..weight_sharing.read_loss import LossTerms
 from ..weight_sharing.registry import find_operation
 
 __all__ = ["Comparison", "ExactBlock", "NothingSeen"]

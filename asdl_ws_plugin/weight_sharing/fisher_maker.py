@@ -26,21 +26,13 @@ from .blocks import parameters_of
 from .capture import Layer, Record, recording
 from .factors import full_precision
 from .layout import fits, infer_num_examples, leading_sizes
-from .loss import (
-    LOSS_BINARY_CROSS_ENTROPY,
-    LOSS_TYPES,
-    LossObserver,
-    LossTerms,
-    check_var,
-    exact_output_grads,
-    positions_of_terms,
-    read_loss,
-    sampled_output_grads,
-)
+from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var, likelihood_of
 from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
+from .output_grads import exact_output_grads, positions_of_terms, sampled_output_grads
 from .plan import Plan
 from .positions import GRAPH, Positions, positions_of, take_own_positions
 from .ragged import Segments
+from .read_loss import LossObserver, LossTerms, read_loss
 from .rules import SEQUENCE_FIRST
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
@@ -327,6 +319,7 @@ class WeightSharingFisherMaker(FisherMaker):
                 batch.take_output_grads(loss, None, retain_graph=False)
             batch.end_of_pass()
             return
+        likelihood = likelihood_of(config.loss_type, config.var)
         if config.fisher_type == FISHER_FORWARD_ONLY:
             batch.scale = scale_B
             batch.identity_output_grads()
@@ -337,7 +330,7 @@ class WeightSharingFisherMaker(FisherMaker):
                 generator = torch.Generator(terms.logits.device).manual_seed(seed)
             batch.scale = scale_B / config.n_mc_samples
             for i in range(config.n_mc_samples):
-                grads = sampled_output_grads(terms, config.loss_type, config.var, generator)
+                grads = sampled_output_grads(terms, likelihood, generator)
                 last = i == config.n_mc_samples - 1
                 batch.take_output_grads(
                     terms.logits, grads, retain_graph=calc_loss_grad or not last
@@ -346,9 +339,7 @@ class WeightSharingFisherMaker(FisherMaker):
         else:
             batch.scale = scale_B
             position, num_positions = self._positions(terms, batch)
-            for grads in exact_output_grads(
-                terms, config.loss_type, position, num_positions, config.var
-            ):
+            for grads in exact_output_grads(terms, likelihood, position, num_positions):
                 batch.take_output_grads(terms.logits, grads, retain_graph=True)
                 batch.end_of_pass()
         if calc_loss_grad:
