@@ -83,6 +83,7 @@ class ApproximationError(Printable):
         raise KeyError(name)
 
     def tables(self) -> list[Table]:
+        """One row for each layer."""
         first = self.rows[0]
         numbers = [
             *(f"error, {name}" for name in first.error),
@@ -107,6 +108,7 @@ class ApproximationError(Printable):
         return [errors, skipped]
 
     def summary(self) -> list[str]:
+        """What was measured on how many examples."""
         damping = "" if self.damping is None else f", damping {self.damping:g}"
         return [f"{self.num_examples} examples, {self.num_terms:g} loss terms{damping}."]
 

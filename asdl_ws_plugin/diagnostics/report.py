@@ -159,6 +159,7 @@ class Report(Printable):
         return json.dumps(self.to_dict(), indent=2)
 
     def tables(self) -> list[Table]:
+        """What K-FAC sees, and what it does not."""
         columns = (
             "Layer",
             "Type",
@@ -209,6 +210,7 @@ class Report(Printable):
         return [seen, unseen, notes]
 
     def summary(self) -> list[str]:
+        """The setting, the coverage, and the memory in a few sentences."""
         return [
             f"{self.model}: {self.num_examples} examples, the {self.setting} setting (by the "
             "sizes of the logits).",
