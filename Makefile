@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint upstream
+.PHONY: demo test quick matrix lint upstream
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/vit_digits.py
@@ -13,12 +13,21 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
+# Without the tests that are marked slow.
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+# The quick tests with the oldest and the newest PyTorch, and both releases of ASDL that are known. Downloads them.
+matrix: $(INSTALLED)
+	$(BIN)/python .ci/matrix.py
+
 # The patch series for ASDL: applied to the wheel patch by patch, tested, and the plugin's suite run against the result.
 upstream: $(INSTALLED)
 	$(BIN)/python patches/check.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch first and pinned: left to another package, pip may choose a build of several GB.

@@ -19,6 +19,8 @@ from torch import nn
 from asdl_ws_plugin.__main__ import load_model, main, make_input, shared_dim_of
 from asdl_ws_plugin._torchvision import make_importable
 
+pytestmark = pytest.mark.slow
+
 MODELS = """
 import torch
 from torch import nn

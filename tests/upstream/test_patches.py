@@ -19,10 +19,13 @@ import refresh  # noqa: E402
 import series  # noqa: E402
 
 AUTHOR = "{GIT_AUTHOR_NAME} <{GIT_AUTHOR_EMAIL}>".format_map(series.ENVIRONMENT)
-pytestmark = pytest.mark.skipif(
-    metadata.version("asdfghjkl") != series.VERSION,
-    reason=f"the patches are for asdfghjkl {series.VERSION}",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        metadata.version("asdfghjkl") != series.VERSION,
+        reason=f"the patches are for asdfghjkl {series.VERSION}",
+    ),
+]
 
 SUBJECTS = [
     "core",

@@ -12,6 +12,8 @@ import torch
 
 import asdl_ws_plugin
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys, warnings
 

@@ -9,6 +9,7 @@ from oracles.by_example import assert_factors, empirical_factors, kfac, kron, st
 from torch import nn
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("double"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch._dynamo.*:UserWarning"),
