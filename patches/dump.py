@@ -149,12 +149,10 @@ def with_shared_dim(out: dict[str, Tensor]) -> None:
             "auto",
             "expand",
             "reduce",
-            ["reduce", (nn.MultiheadAttention, "expand"), ("fc", "expand")],
+            ["reduce", ("attention", "expand"), ("fc", "expand"), (nn.LayerNorm, "reduce")],
         ),
         (-1, 0.3),
     ):
-        if isinstance(shared_dim, list):
-            shared_dim = ["reduce", ("fc", "expand"), (nn.Linear, "reduce")]
         torch.manual_seed(0)
         model = Tokens(pool)
         asdl_ws_plugin.convert(model)
