@@ -236,7 +236,7 @@ def test_blocks_are_views_of_the_parameters() -> None:
     assert k.weight.grad is None and list(k.parameters()) == []
     ours(*inputs({}))[0].sum().backward()
     ours(*inputs({}))[0].sum().backward()  # accumulates
-    k.weight.grad.mul_(3)
+    k.weight.grad.mul_(3)  # type: ignore[attr-defined]
     assert torch.equal(ours.in_proj_weight.grad[E : 2 * E], k.weight.grad)
     with torch.no_grad():
         nn.init.constant_(k.weight, 0.25)

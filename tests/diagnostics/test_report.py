@@ -580,7 +580,7 @@ class Changing(CNN):
 
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(1 + random.random() + numpy.random.rand())
-        self.count = self.count + 1
+        self.count: Tensor = self.count + 1
         self.norm.momentum, self.head.training = 0.3, False
         return super().forward(x)
 

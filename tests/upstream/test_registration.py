@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import asdl
 import pytest
@@ -328,7 +329,7 @@ def test_an_unknown_version_is_refused(tmp_path, version):
 
 
 def test_the_configuration_is_still_a_dataclass():
-    config = FisherConfig("fisher_emp", ["kron"], shared_dim="reduce")
+    config: Any = FisherConfig("fisher_emp", ["kron"], shared_dim="reduce")
     assert dataclasses.is_dataclass(config)
     assert [field.name for field in dataclasses.fields(config)][-1] == "shared_dim"
     assert repr(config).startswith(

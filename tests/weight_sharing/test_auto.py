@@ -177,7 +177,7 @@ def test_nothing_else_changes(fisher_type):
             nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, C)
         )
         maker = kfac(model, shared_dim, fisher_type=fisher_type, data_size=N, ema_decay=0.9)
-        calls = []
+        calls: list[int] = []
         model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         step(maker, F.cross_entropy, labels(N), torch.randn(N, 2, 4, 4))
         found.append(

@@ -53,7 +53,7 @@ def test_linear(shared_dim: str, sharing: tuple[int, ...], pool: bool, loss_type
     )
     x = torch.randn(4, *sharing, 4)
     computed_fisher(model, x, shared_dim, loss_type=loss_type, data_size=7)
-    for module in model.layers[::2]:
+    for module in list(model.layers)[::2]:
         assert_factors(module, oracle_factors(model, module, x, shared_dim, loss_type), 7)
 
 
@@ -277,8 +277,8 @@ def test_agrees_with_upstream_without_sharing(shared_dim: str, fisher_type: str)
     factors = []
     for option in (None, shared_dim):
         computed_fisher(model, x, option, (F.cross_entropy, target), fisher_type=fisher_type)
-        factors.append([Factors(m.fisher.kron.A, m.fisher.kron.B) for m in model[::2]])
-        for m in model[::2]:
+        factors.append([Factors(m.fisher.kron.A, m.fisher.kron.B) for m in list(model)[::2]])
+        for m in list(model)[::2]:
             del m.fisher
     for upstream, module in zip(*factors, strict=True):
         assert_equal(module.A, upstream.A, 1e-12)

@@ -362,6 +362,7 @@ def test_fisher_maker_with_calc_loss_grad():
                 assert all(p.grad is None for p in model.parameters())
 
 
+ADVANTAGES = torch.tensor([1.5, -2.0, 0.25])
 NEGATIVE: dict[str, Any] = {
     "advantages": lambda y, t: (F.cross_entropy(y, t, reduction="none") * ADVANTAGES).mean(),
     "zero on average": lambda y, t: (
@@ -372,7 +373,6 @@ NEGATIVE: dict[str, Any] = {
         y, t, torch.tensor([1.0, -1.0, 1.0]), reduction="sum"
     ),
 }
-ADVANTAGES = torch.tensor([1.5, -2.0, 0.25])
 
 
 @pytest.mark.parametrize("loss", NEGATIVE.values(), ids=NEGATIVE.keys())

@@ -93,12 +93,13 @@ class Training:
 
 def wrong(graphs: Graphs, what: str) -> dict[str, Any]:
     node, edge = graphs.batch, graphs.edge_batch
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "stale": {"node": node[:-1], "edge": edge},
         "other_role": {"node": node, "bond": edge},
         "too_many_examples": {"node": node, "edge": edge, "num_examples": 9},
         "too_long": {"node": node, "edge": torch.cat([edge, edge])},
-    }[what]
+    }
+    return arguments[what]
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,7 @@ def test_a_module_that_is_called_several_times(setting):
 @pytest.mark.parametrize("ema_decay", [-1, 1.0])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_its_gradient_is_preconditioned_once(setting, ema_decay):
-    """Upstream, without the moving average, uses the last input twice and sums inverses
-    (OP:232).
-    """
+    """Upstream, without the moving average, uses the last input twice and sums inverses."""
     model, x, target = Recurrent(), torch.randn(N, R, D), torch.randint(C, (N,))
     maker = kfac(
         model, setting, fisher_type="fisher_emp", data_size=N, ema_decay=ema_decay, damping=0.1
@@ -989,7 +987,7 @@ def test_a_subclass_with_a_signature_of_its_own_is_refused():
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_subclasses_of_linear(setting):
-    """Upstream asserts the class's own name (NG:294)."""
+    """Upstream asserts the class's own name."""
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     model = Tokens()
