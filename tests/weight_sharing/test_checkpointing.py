@@ -120,7 +120,7 @@ def test_training_is_the_same_with_and_without(fisher_type, ema_decay):
         torch.testing.assert_close(with_checkpoints, without, rtol=1e-9, atol=1e-11)
 
 
-def test_checkpoint_sequential():
+def test_factors_under_checkpoint_sequential():
     model = nn.Sequential(*[Block() for _ in range(4)], nn.Flatten(1), nn.Linear(R * D, C))
     x, target = torch.randn(N, R, D), torch.randint(C, (N,))
     fisher(

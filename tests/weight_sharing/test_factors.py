@@ -42,7 +42,9 @@ STRATEGIES = pytest.mark.parametrize("shared_dim", ["expand", "reduce"])
 @pytest.mark.parametrize("pool", [True, False], ids=["reduce_setting", "expand_setting"])
 @pytest.mark.parametrize("sharing", [(1,), (5,), (2, 3), (2, 1, 3), (2, 1, 2, 2)])
 @STRATEGIES
-def test_linear(shared_dim: str, sharing: tuple[int, ...], pool: bool, loss_type: str):
+def test_factors_of_linear_layers(
+    shared_dim: str, sharing: tuple[int, ...], pool: bool, loss_type: str
+):
     model = Tokenwise(
         nn.Linear(4, 5),
         nn.Tanh(),
@@ -60,7 +62,7 @@ def test_linear(shared_dim: str, sharing: tuple[int, ...], pool: bool, loss_type
 @pytest.mark.parametrize("loss_type", [CE, MSE, BCE])
 @pytest.mark.parametrize("pool", [True, False], ids=["reduce_setting", "expand_setting"])
 @STRATEGIES
-def test_attention(shared_dim: str, pool: bool, loss_type: str):
+def test_factors_of_attention(shared_dim: str, pool: bool, loss_type: str):
     """Where positions depend on each other, products of different terms must not enter B (section
     5).
     """
@@ -182,7 +184,7 @@ class ConvNet(nn.Module):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
 @STRATEGIES
-def test_convolution(shared_dim: str, options: dict[str, Any]):
+def test_factors_of_convolutions(shared_dim: str, options: dict[str, Any]):
     model, x = ConvNet(options, pool=True), torch.randn(3, 2, 6, 5)
     computed_fisher(model, x, shared_dim)
     for module in (model.conv1, model.conv2):
@@ -201,7 +203,7 @@ def test_convolution_in_the_expand_setting(shared_dim: str):
 
 
 @STRATEGIES
-def test_channels_last(shared_dim: str):
+def test_factors_of_channels_last_convolutions(shared_dim: str):
     model, x = ConvNet({"padding": 1}, pool=True), torch.randn(3, 2, 6, 5)
     expected = {m: oracle_factors(model, m, x, shared_dim) for m in (model.conv1, model.conv2)}
     model.to(memory_format=torch.channels_last)
@@ -452,7 +454,7 @@ def test_frozen_and_ignored_layers_have_no_factors():
     assert_factors(model.q, oracle_factors(model, model.q, x, "expand"), 3)
 
 
-def test_settings_by_rule():
+def test_every_layer_has_the_factors_of_its_rule():
     model, x = SelfAttention(pool=True), torch.randn(3, 5, 4)
     computed_fisher(model, x, ["reduce", ("q", "expand"), (model.v, "expand")])
     for name, strategy in {"q": "expand", "k": "reduce", "v": "expand", "out": "reduce"}.items():
@@ -461,7 +463,7 @@ def test_settings_by_rule():
 
 
 @STRATEGIES
-def test_moving_average(shared_dim: str):
+def test_the_moving_average_is_of_the_oracles_factors(shared_dim: str):
     """Upstream's: ``ema_decay`` weighs the new value, and the average starts from zero; A and B
     each.
     """

@@ -138,7 +138,7 @@ def test_segments_that_do_not_fit(what: str, message: str, first: bool):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["in_the_first_step", "later"])
-def test_segments_missing(first: bool):
+def test_a_step_without_segments_is_refused(first: bool):
     training, graphs = Training(Net()), random_graphs(SIZES)
     if not first:
         training.good_step()
@@ -185,7 +185,7 @@ def test_an_index_that_is_none_is_refused_where_it_enters(
     training.good_step()
 
 
-def test_nothing_given():
+def test_segments_without_a_role_are_refused():
     with pytest.raises(TypeError, match="at least one role"), segments(Net()):
         pass
 

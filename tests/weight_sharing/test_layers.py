@@ -450,7 +450,7 @@ def assert_gradients(model, shape, x, target):
 @pytest.mark.parametrize("ema_decay", [-1, 1.0])
 @pytest.mark.parametrize("frozen", list(FROZEN))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_frozen_parameters(shape, frozen, ema_decay):
+def test_frozen_parameters_leave_the_others_preconditioned(shape, frozen, ema_decay):
     model, x, target = mixed_model(), torch.randn(N, D), torch.randint(C, (N,))
     for name in FROZEN[frozen]:
         model.get_parameter(name).requires_grad_(False)
@@ -564,7 +564,7 @@ def check_norm(model, shape, x=None):
         lambda: nn.LayerNorm(D, eps=1e-1),
     ],
 )
-def test_layer_norms(norm, shape):
+def test_layer_norms_have_their_blocks(norm, shape):
     check_norm(Normed(norm()), shape)
 
 
@@ -601,7 +601,7 @@ def test_a_layer_norm_of_channels_first(shape, height):
 
 
 @pytest.mark.parametrize("shape", ["unit_wise", "diag"])
-def test_timms_layer_norms(shape):
+def test_layer_norms_of_timm_have_their_blocks(shape):
     make_importable()
     layers = pytest.importorskip("timm.layers")
     check_norm(Normed(layers.LayerNorm(D)), shape)
@@ -947,7 +947,7 @@ class Surprising(nn.Linear):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_tuple_outputs(setting):
+def test_a_layer_that_returns_a_tuple_has_its_factors(setting):
     class Tuples(Tokens):
         def __init__(self):
             super().__init__()
@@ -986,7 +986,7 @@ def test_a_subclass_with_a_signature_of_its_own_is_refused():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_subclasses_of_linear(setting):
+def test_subclasses_of_linear_have_its_factors(setting):
     """Upstream asserts the class's own name."""
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 

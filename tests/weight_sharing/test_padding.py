@@ -314,7 +314,7 @@ def test_a_mask_of_real_tokens_only_is_the_dense_path(shared_dim: str):
         ),
     ],
 )
-def test_invalid_masks(mask: Any, error: type[Exception], message: str):
+def test_masks_that_make_no_sense_are_refused(mask: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message), padding(Pooled(), mask):
         pass
 

@@ -707,7 +707,9 @@ def test_half_precision_is_summed_in_single():
         ),
     ],
 )
-def test_invalid_segments(arguments: dict[str, Any], error: type[Exception], message: str):
+def test_segments_that_make_no_sense_are_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+):
     with pytest.raises(error, match=message):
         Segments(**arguments)
 

@@ -210,7 +210,7 @@ class FromData(nn.Module):
 
 @pytest.mark.parametrize("how", ["batch", "data", "arguments", "keywords"])
 @STRATEGIES
-def test_from_pyg(shared_dim: str, how: str):
+def test_segments_are_read_off_the_batches_of_pyg(shared_dim: str, how: str):
     """A ``Batch``, a single ``Data``, or the customary arguments; the last graph has no edges."""
     pyg = pytest.importorskip("torch_geometric.data")
     graphs = random_graphs([(11, 20)] if how == "data" else [(4, 6), (2, 3), (5, 6), (1, 0)])
