@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from oracles.autograd import BCE, assert_equal, assert_factors
+from oracles.graph_network import compute
 from oracles.graphs import graph_examples, ragged_factors, random_graphs
-from test_ragged import compute
 from torch import nn
 
 from asdl_ws_plugin import WeightSharingLinear
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -73,6 +73,7 @@ def test_the_order_of_nodes_and_edges_does_not_matter_to_the_graph_network(load:
 # ---------------------------------------------------------------------------------------- molecules
 
 
+@pytest.mark.slow
 def test_the_molecules_are_split_and_have_unknown_labels(load: Any):
     pytest.importorskip("rdkit")
     module = load("examples", "molecule_data")
@@ -124,6 +125,7 @@ def test_mean_average_precision_is_the_textbooks(load: Any):
     assert value == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["molecules", "pyg_gin"])
 def test_the_molecule_examples_run(
     load: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -139,12 +141,14 @@ def test_the_molecule_examples_run(
     assert "K-FAC-reduce" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_karate_club_example_runs(load: Any):
     pytest.importorskip("torch_geometric")
     accuracies = load("examples", "karate_club").main(["--seeds", "1", "--steps", "30"])
     assert accuracies["K-FAC (eq. 3.31) and SGD"] > 0.7
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_reduction_runs(load: Any):
     before = torch.get_num_threads()
     try:

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.autograd import BCE
+from oracles.graph_network import GraphNet, sum_rows
 from oracles.graphs import Graphs, random_graphs
-from test_ragged import GraphNet, sum_rows
 from torch import Tensor, nn
 
 import asdl_ws_plugin

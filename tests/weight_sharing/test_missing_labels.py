@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
 from oracles.autograd import BCE, MSE, assert_equal, assert_factors
+from oracles.graph_network import GraphNet
 from oracles.graphs import Graphs, graph_examples, ragged_factors, random_graphs
-from test_ragged import GraphNet
 from torch import Tensor, nn
 
 from asdl_ws_plugin import attach_segments

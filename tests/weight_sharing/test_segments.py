@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
 from oracles.autograd import BCE, assert_equal, assert_factors
+from oracles.graph_network import GraphNet, sum_rows
 from oracles.graphs import Graphs, graph_examples, ragged_factors, random_graphs
-from test_ragged import GraphNet, sum_rows
 from torch import Tensor, nn
 
 import asdl_ws_plugin
