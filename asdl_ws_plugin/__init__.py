@@ -13,6 +13,7 @@ require_asdl()
 if is_native():
     adopt_native_modules()
 
+from . import kronecker  # noqa: E402
 from .conversion.attention import MultiheadAttention  # noqa: E402
 from .conversion.convert import convert, register_converter, revert  # noqa: E402
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "attach_segments",
     "convert",
     "inspect",
+    "kronecker",
     "padding",
     "register",
     "register_converter",
