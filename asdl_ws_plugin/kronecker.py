@@ -141,25 +141,26 @@ def product(
         ValueError: sizes do not fit, ``damping`` is negative, or there are no square factors.
         torch.linalg.LinAlgError: ``power`` is negative and the matrix singular to rounding.
     """
-    basis = decompose(fisher)
     _check_damping(damping)
-    if power < 0:
-        _invertible(basis, damping)
-    # Qb (values^power * (Qbᵀ W Qa)) Qaᵀ
-    vectors = _as_matrices(weight, basis)
-    rotated = basis.B_vectors.mT @ vectors @ basis.A_vectors
-    rotated = rotated * basis.values(damping) ** power
-    result = (basis.B_vectors @ rotated @ basis.A_vectors.mT).reshape(weight.shape)
-    result = result.to(weight.dtype)
-    if bias is None:
-        return result
-    if bias.shape[-1:] != basis.B_values.shape:
-        raise ValueError(
-            f"The bias has sizes {tuple(bias.shape)}, but B is {len(basis.B_values)} x "
-            f"{len(basis.B_values)}. Its last dimension has to be the layer's outputs."
-        )
-    scaled = (bias.to(basis.B_values.dtype) @ basis.B_vectors) * (basis.B_values + damping) ** power
-    return result, (scaled @ basis.B_vectors.mT).to(bias.dtype)
+    if isinstance(fisher, Eigenbasis) or power != 1:
+        fisher = decompose(fisher)
+        if power < 0:
+            _invertible(fisher, damping)
+        A, B = fisher.A_vectors, fisher.B_vectors
+    else:
+        A, B = _factors(fisher)
+    vectors = _as_matrices(weight, A, B)
+    vector = None if bias is None else _as_vectors(bias, B)
+    if isinstance(fisher, Eigenbasis):  # Qb (values^power * (Qbᵀ W Qa)) Qaᵀ
+        result = B @ ((B.mT @ vectors @ A) * fisher.values(damping) ** power) @ A.mT
+        if vector is not None:
+            vector = ((vector @ B) * (fisher.B_values + damping) ** power) @ B.mT
+    else:
+        result = B @ vectors @ A + damping * vectors
+        if vector is not None:
+            vector = vector @ B + damping * vector
+    result = result.reshape(weight.shape).to(weight.dtype)
+    return result if bias is None or vector is None else (result, vector.to(bias.dtype))
 
 
 def inverse_root(
@@ -267,9 +268,9 @@ def _invertible(basis: Eigenbasis, damping: float | Tensor) -> Eigenbasis:
     return basis
 
 
-def _as_matrices(weight: Tensor, basis: Eigenbasis) -> Tensor:
+def _as_matrices(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """``(*, Q, P)`` in the factors' dtype."""
-    sizes = (len(basis.B_values), len(basis.A_values))
+    sizes = (len(B), len(A))
     if weight.shape[-2:] != sizes:
         if weight.ndim < 2 or weight.flatten(1).shape != sizes:
             raise ValueError(
@@ -277,4 +278,14 @@ def _as_matrices(weight: Tensor, basis: Eigenbasis) -> Tensor:
                 f"{sizes[1]} inputs and {sizes[0]} outputs. Give it as (*, {sizes[0]}, {sizes[1]})."
             )
         weight = weight.flatten(1)
-    return weight.to(basis.A_values.dtype)
+    return weight.to(A.dtype)
+
+
+def _as_vectors(bias: Tensor, B: Tensor) -> Tensor:
+    """``(*, Q)`` in the factors' dtype."""
+    if bias.shape[-1:] != B.shape[-1:]:
+        raise ValueError(
+            f"The bias has sizes {tuple(bias.shape)}, but B is {len(B)} x {len(B)}. Its last "
+            "dimension has to be the layer's outputs."
+        )
+    return bias.to(B.dtype)

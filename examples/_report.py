@@ -20,7 +20,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Run", "Stopwatch", "console", "figure", "progress_bars", "pyplot", "save", "table"]
+__all__ = [
+    "Run",
+    "Stopwatch",
+    "compare",
+    "console",
+    "figure",
+    "progress_bars",
+    "pyplot",
+    "save",
+    "table",
+]
 
 
 def console() -> Console:
@@ -45,6 +55,33 @@ def save(drawing: Any, path: Path, suffixes: Sequence[str] = (".png", ".pdf")) -
     for suffix in suffixes:
         drawing.savefig(path.with_suffix(suffix), dpi=150)
     pyplot().close(drawing)
+
+
+def compare(
+    results: dict[str, list[float]],
+    x: Sequence[float],
+    path: Path,
+    title: str,
+    labels: tuple[str, str],
+    form: str = ".2%",
+) -> Table:
+    """A table and a figure of several curves: name -> a value for each of ``x``.
+
+    ``labels`` are those of the axes. Returns the table; the figure is saved to ``path``.
+    """
+    result = Table(title=title, caption=f"{labels[1]}; figure: {path}.png, .pdf")
+    for header in (labels[0], *results):
+        result.add_column(header, justify="right")
+    for value, row in zip(x, zip(*results.values(), strict=True), strict=True):
+        result.add_row(f"{value:g}", *(f"{cell:{form}}" for cell in row))
+    drawing, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for name, values in results.items():
+        axes.plot(x, values, "o-", label=name)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=title, xticks=x)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(drawing, path)
+    return result
 
 
 class Stopwatch:

@@ -1,13 +1,18 @@
-"""What the examples share: the baseline optimizer and its learning-rate schedule."""
+"""What the examples share: the baseline optimizer and its learning-rate schedule, and the Fisher
+matrix of a batch.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from asdl.fisher import FisherConfig, get_fisher_maker
+from torch import Tensor, nn
 
-__all__ = ["Baseline", "nadamw"]
+import asdl_ws_plugin  # noqa: F401  # makes ASDL accept shared_dim
+
+__all__ = ["Baseline", "exact_fisher", "linear_layers", "nadamw"]
 
 
 class Baseline(Protocol):
@@ -46,3 +51,29 @@ def nadamw(
         [warmup],
     )
     return optimizer, schedule
+
+
+def linear_layers(model: nn.Module) -> list[Any]:
+    """All ``nn.Linear`` layers, in the order of the model."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def exact_fisher(
+    model: nn.Module,
+    x: Tensor,
+    shape: str = "kron",
+    shared_dim: str = "reduce",
+    loss_type: str = "cross_entropy",
+) -> None:
+    """Leave the curvature of every layer in ``module.fisher``, averaged over the examples ``x``."""
+    config = FisherConfig(
+        fisher_type="fisher_exact",
+        fisher_shapes=[shape],
+        loss_type=loss_type,
+        data_size=len(x),
+        shared_dim=shared_dim,
+        ignore_modules=[nn.LayerNorm],
+    )
+    maker = get_fisher_maker(model, config)
+    maker.setup_model_call(model, x)
+    maker.forward_and_backward()

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from asdl.fisher import FisherConfig, get_fisher_maker
 from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
@@ -32,8 +31,7 @@ from torch.func import functional_call, jacrev
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _report
-
-import asdl_ws_plugin  # noqa: F401  # makes ASDL accept shared_dim
+from _training import exact_fisher
 
 STRATEGIES = ("expand", "reduce")
 EXACT, INEXACT = 1e-10, 1e-2  # relative errors below and above these are zero and not zero
@@ -70,20 +68,6 @@ class LinearAttention(nn.Module):
         for block in self.blocks:
             x = block["Q"](x) @ block["K"](x).mT @ block["V"](x)
         return x if self.setting == "expand" else x.mean(1)
-
-
-def kronecker_factors(model: nn.Module, x: Tensor, strategy: str) -> None:
-    """Leave A and B of every layer in ``module.fisher.kron``, averaged over the examples."""
-    config = FisherConfig(
-        fisher_type="fisher_exact",
-        fisher_shapes=["kron"],
-        loss_type="mse",
-        data_size=len(x),
-        shared_dim=strategy,
-    )
-    maker = get_fisher_maker(model, config)
-    maker.setup_model_call(model, x)
-    maker.forward_and_backward()
 
 
 def exact_block(model: nn.Module, name: str, x: Tensor) -> Tensor:
@@ -130,7 +114,7 @@ def received(model: nn.Module, layer: nn.Linear, x: Tensor) -> tuple[Tensor, Ten
 
 def panels(model: DeepLinear, layer: int, x: Tensor, strategy: str) -> Panels:
     """What listing 3.1 makes of the third layer's tensors, beside what ASDL does."""
-    kronecker_factors(model, x, strategy)
+    exact_fisher(model, x, shared_dim=strategy, loss_type="mse")
     module: Any = model.layers[layer]
     A, B = module.fisher.kron.A, module.fisher.kron.B
     a, b = received(model, module, x)
@@ -203,7 +187,7 @@ def attention(setting: str, num_examples: int, num_blocks: int) -> Errors:
     model, x = LinearAttention(setting, num_blocks), torch.randn(num_examples, 5, 4)
     errors: Errors = {}
     for strategy in STRATEGIES:
-        kronecker_factors(model, x, strategy)
+        exact_fisher(model, x, shared_dim=strategy, loss_type="mse")
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 fisher: Any = module.fisher

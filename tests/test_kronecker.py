@@ -99,10 +99,11 @@ def test_product_with_powers(power: float, damping: float) -> None:
     weight, bias = torch.randn(3, 4), torch.randn(3)
     expected = (matrix_power(dense(kron, damping), power) @ weight.flatten()).view(3, 4)
     of_bias = matrix_power(kron.B + damping * torch.eye(3), power) @ bias
-    found, found_bias = kronecker.product(kron, weight, bias, power=power, damping=damping)
-    assert_equal(found, expected)
-    assert_equal(found_bias, of_bias)
-    assert_equal(kronecker.product(kron, weight, power=power, damping=damping), expected)
+    for given in (kron, kronecker.decompose(kron)):
+        found, found_bias = kronecker.product(given, weight, bias, power=power, damping=damping)
+        assert_equal(found, expected)
+        assert_equal(found_bias, of_bias)
+        assert_equal(kronecker.product(given, weight, power=power, damping=damping), expected)
 
 
 def test_product_takes_weights_of_a_convolution_and_leading_dimensions(model: Model) -> None:

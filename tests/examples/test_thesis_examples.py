@@ -8,10 +8,12 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from oracles.autograd import MSE, assert_equal, exact_block
+from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.slow
@@ -67,10 +69,12 @@ def test_a_wrong_error_is_noticed(
 ) -> None:
     """The assertions of the example fail where the factors are those of the other strategy."""
     figures = load("exactness_figures")
-    right = figures.kronecker_factors
+    right = figures.exact_fisher
     swapped = {"expand": "reduce", "reduce": "expand"}
-    monkeypatch.setattr(
-        figures, "kronecker_factors", lambda model, x, strategy: right(model, x, swapped[strategy])
-    )
+
+    def wrong(model: nn.Module, x: Tensor, shared_dim: str, **options: Any) -> None:
+        right(model, x, shared_dim=swapped[shared_dim], **options)
+
+    monkeypatch.setattr(figures, "exact_fisher", wrong)
     with pytest.raises(AssertionError):
         figures.attention("expand", 1, 1)
