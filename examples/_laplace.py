@@ -24,8 +24,10 @@ from asdl_ws_plugin._torchvision import make_importable
 
 make_importable()  # torchmetrics, which laplace-torch needs, looks for torchvision
 from laplace import Laplace  # noqa: E402
-from laplace.curvature import AsdlGGN, CurvlinopsGGN, GGNInterface  # noqa: E402
+from laplace.curvature import CurvlinopsGGN  # noqa: E402
 from torchmetrics.functional.classification import multiclass_calibration_error  # noqa: E402
+
+from asdl_ws_plugin.laplace import AsdlGGN  # noqa: E402
 
 __all__ = [
     "Scores",
@@ -49,7 +51,7 @@ class PerExampleGGN(AsdlGGN):
 
     def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         if not isinstance(x, Tensor):
-            return GGNInterface.jacobians(self, x, enable_backprop)
+            return super().jacobians(x, enable_backprop)
 
         def logits(params: dict[str, Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
             state = (params, self.buffers_dict)
