@@ -140,8 +140,8 @@ def page() -> str:
         "",
         "Whatever cannot be right is refused where it enters, and a step that fails leaves nothing",
         "behind. This page is made from the code when the site is built: every error of the",
-        "package and what it advises. An ellipsis is filled in when it happens, with a layer's name,",
-        "sizes, or what was found.",
+        "package and what it advises. An ellipsis is filled in when it happens, with a layer's",
+        "name, sizes, or what was found.",
     ]
     found = refusals()
     for wing, title in _TITLES.items():

@@ -1,18 +1,20 @@
-"""What the examples share: the baseline optimizer and its learning-rate schedule, and the Fisher
-matrix of a batch.
+"""What the examples share: the baseline optimizer and its learning-rate schedule, training with
+K-FAC-reduce on top of it, and the Fisher matrix of a batch.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import asdl
 import torch
+import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
 from torch import Tensor, nn
 
-import asdl_ws_plugin  # noqa: F401  # makes ASDL accept shared_dim
+import asdl_ws_plugin
 
-__all__ = ["Baseline", "exact_fisher", "linear_layers", "nadamw"]
+__all__ = ["Baseline", "exact_fisher", "linear_layers", "nadamw", "train_classifier"]
 
 
 class Baseline(Protocol):
@@ -51,6 +53,36 @@ def nadamw(
         [warmup],
     )
     return optimizer, schedule
+
+
+class Preconditioned(Baseline, Protocol):
+    """The options of NAdamW with K-FAC in front of it."""
+
+    @property
+    def damping(self) -> float | None: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def inverse_interval(self) -> int: ...
+
+
+def train_classifier(model: nn.Module, data: Any, epochs: int, settings: Preconditioned) -> None:
+    """Train with K-FAC-reduce on top of NAdamW; ``data`` has a length and yields ``(x, y)``."""
+    optimizer, schedule = nadamw(model, settings, epochs * len(data))
+    config = asdl.PreconditioningConfig(
+        damping=settings.damping,
+        ema_decay=settings.ema_decay,
+        preconditioner_upd_interval=settings.inverse_interval,
+        ignore_modules=[nn.LayerNorm],
+    )
+    maker = asdl_ws_plugin.KfacGradientMaker(model, config, shared_dim="reduce")
+    for _ in range(epochs):
+        for x, y in data:
+            maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+            maker.forward_and_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
 
 
 def linear_layers(model: nn.Module) -> list[Any]:
