@@ -1,8 +1,7 @@
-"""What MkDocs does besides: the page of refusals, pages that are there or not, Sphinx' roles."""
+"""What MkDocs does besides: the page of refusals, and a menu of the pages that are there."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import _refusals
 
 DOCS = Path(__file__).resolve().parent
 GENERATED = {"refusals.md": _refusals.page}
-_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?\.?([^<]*)</code>")
 
 
 def _existing(nav: list[Any]) -> list[Any]:
@@ -39,8 +37,3 @@ def on_files(files: Any, config: Any) -> Any:
     for name, make in GENERATED.items():
         files.append(File.generated(config, name, content=make()))
     return files
-
-
-def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """``:class:`~a.b.C``` of the docstrings is ``C`` in the site."""
-    return _ROLE.sub(lambda match: f"<code>{match[1].rsplit('.', 1)[-1]}</code>", html)

@@ -129,8 +129,13 @@ _TITLES = {
 
 
 def _cell(text: str) -> str:
-    text = re.sub(r"\s+", " ", text).strip()
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+    text = re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+    outside = [part.replace("<", "&lt;") for part in text.split("`")[::2]]
+    inside = text.split("`")[1::2]
+    escaped = [re.sub(r"([*_])", r"\\\1", part) for part in outside]
+    return "".join(
+        part + (f"`{inside[i]}`" if i < len(inside) else "") for i, part in enumerate(escaped)
+    )
 
 
 def page() -> str:
