@@ -1,4 +1,4 @@
-"""The optimizers that ``time_to_target.py`` compares, each as a recipe that makes a :class:`Trainer`.
+"""The optimizers that ``time_to_target.py`` compares, each a recipe for a :class:`Trainer`.
 
 The peers are taken from libraries as they are, at their own defaults but for what the search sets.
 K-FAC preconditions the gradient in front of the very NAdamW that it is compared with.
@@ -124,8 +124,8 @@ class Contender:
         """The settings that the search tries.
 
         Up to four trials differ in the learning rate alone, by factors of two around the centre.
-        More are points of a scrambled Sobol sequence over the whole space, with learning rates up to
-        a factor of eight from the centre.
+        More are points of a scrambled Sobol sequence over the whole space, with learning rates up
+        to a factor of eight from the centre.
         """
         centre = self.lr * workload.lr
         if count <= 4:
@@ -322,6 +322,8 @@ def _contenders() -> dict[str, Contender]:
                 space=KFAC_SPACE,
                 is_ours=True,
             )
+    if not hasattr(torch.optim, "Muon"):  # before torch 2.9
+        del result["Muon"]
     return result
 
 

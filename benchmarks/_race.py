@@ -1,5 +1,5 @@
-"""Training several contenders in alternating slices, so that a slow spell of the machine meets all of
-them alike, and interrupting and resuming that.
+"""Training several contenders in alternating slices, so that a slow spell of the machine meets all
+of them alike, and interrupting and resuming that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from _contenders import CONTENDERS, Trainer
 from _workloads import Workload
 
-__all__ = ["Record", "Runner", "Store", "race"]
+__all__ = ["Record", "Runner", "Store", "milliseconds", "race"]
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Record:
         phase: ``'search'`` or ``'final'``.
         company: the contenders it alternated with.
         steps, values: of the evaluations.
-        seconds, processor: wall-clock seconds and the process' CPU seconds of training alone, at the
-            evaluations. On a machine that others use, the second is the steadier.
+        seconds, processor: wall-clock seconds and the process' CPU seconds of training alone, at
+            the evaluations. On a machine that others use, the second is the steadier.
         failed: the error that ended it; its last value is then the worst one.
     """
 
@@ -175,6 +175,11 @@ class Store:
     def drop_live(self) -> None:
         self._live.unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self.path.unlink(missing_ok=True)
+        self.drop_live()
+
 
 def race(
     workload: Workload,
@@ -197,7 +202,7 @@ def race(
     for record in records:
         if record.key in known:
             continue
-        record.company = [r.contender for r in records]
+        record.company = [r.contender for r in records if r.key not in known]
         runners.append(Runner(record, workload))
         if record.key in live:
             runners[-1].load_state_dict(live[record.key])

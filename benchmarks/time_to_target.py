@@ -1,17 +1,16 @@
 """Seconds and steps until a network is as good as it should be: K-FAC beside the optimizers that a
 PyTorch user can install.
 
-    python benchmarks/time_to_target.py vit                  # one of vit, molecules, translation, gpt
-    python benchmarks/time_to_target.py vit --budget tiny    # seconds, to see whether it runs
-    python benchmarks/time_to_target.py vit --demo           # two contenders, minutes: `make demo`
+    python benchmarks/time_to_target.py vit                # or molecules, translation, gpt
+    python benchmarks/time_to_target.py vit --budget tiny  # seconds, to see whether it runs
 
 Each command does all of it, and goes on where it was interrupted:
 
-1. The search: every contender gets the same number of trials on seed 0. Four and fewer differ in the
-   learning rate alone; more are points of a Sobol sequence over learning rate, weight decay, betas
-   and warm-up (K-FAC: its damping in place of beta1).
-2. The target is what NAdamW, at the trial that ended best, had reached after 75 % of its steps. It is
-   written down once and never moves. Every contender then takes the trial that needed the fewest
+1. The search: every contender gets the same number of trials on seed 0. Four and fewer differ in
+   the learning rate alone; more are points of a Sobol sequence over learning rate, weight decay,
+   betas and warm-up (K-FAC: its damping in place of beta1).
+2. The target is what NAdamW, at the trial that ended best, had reached after 75 % of its steps. It
+   is written down once and never moves. Every contender then takes the trial that needed the fewest
    steps to it.
 3. The final runs, on seeds that were not searched on.
 
@@ -45,7 +44,7 @@ import _report
 
 import asdl_ws_plugin
 
-__all__ = ["main"]
+__all__ = ["compare", "machine", "main", "show"]
 
 WHEN = 0.75  # share of NAdamW's steps after which it sets the target
 
@@ -58,6 +57,11 @@ class Budget:
     seeds: int
 
 
+NOTES = (
+    "/ NAdamW: as a multiple of NAdamW's; CPU: processor seconds; ms: of a step, the median over "
+    "the slices. *: at the lowest or highest learning rate tried. †: not run side by side with "
+    "NAdamW."
+)
 BUDGETS = {"tiny": Budget(2, 1), "small": Budget(3, 1), "full": Budget(20, 3)}
 
 
@@ -98,50 +102,58 @@ def spread(values: Sequence[float], form: str) -> str:
     """Mean and, of several, standard deviation."""
     if not values:
         return "-"
-    text = f"{statistics.mean(values):{form}}"
-    return f"{text} ± {statistics.stdev(values):{form}}" if len(values) > 1 else text
+    text = f"{statistics.fmean(values):{form}}"
+    several = len(values) > 1 and all(math.isfinite(value) for value in values)
+    return f"{text} ± {statistics.stdev(values):{form}}" if several else text
+
+
+HEADERS = ["lr", "reached", "steps", "/ NAdamW", "seconds", "/ NAdamW", "CPU / NAdamW", "final"]
+HEADERS += ["ms", "CPU ms"]
 
 
 def results(
     final: Sequence[Record], search: Sequence[Record], target: float, workload: Workload
 ) -> Table:
-    """One row for each contender: steps and seconds to the target, and as multiples of NAdamW's."""
-    goal = f"{target:{workload.form}}"
-    table = Table(title=f"{workload.title}: to {workload.metric} {goal}")
-    table.add_column("")
-    for header in (
-        "lr", "reached", "steps", "/ NAdamW", "seconds", "/ NAdamW", "CPU s / NAdamW", "final",
-        "ms a step", "CPU ms",
-    ):  # fmt: skip
-        table.add_column(header, justify="right")
+    """One row for each contender, the fewest steps first: steps and seconds to the target, and as
+    multiples of NAdamW's.
+    """
     by_name: dict[str, list[Record]] = {}
     for record in final:
         by_name.setdefault(record.contender, []).append(record)
-    base = measures(by_name.get(BASELINE, []), target, workload)
-    for name, records in by_name.items():
-        mine = measures(records, target, workload)
-        edge = "*" if search and is_on_the_edge(search, records[0]) else ""
-        ratios = {
-            what: f"{statistics.mean(mine[what]) / statistics.mean(base[what]):.2f}"
-            if mine[what] and base[what]
-            else "-"
-            for what in mine
-        }
+    found = {name: measures(records, target, workload) for name, records in by_name.items()}
+    base = found[BASELINE]
+    table = Table(title=f"{workload.title}: {workload.metric} of {target:{workload.form}}")
+    table.add_column("", no_wrap=True)
+    for header in HEADERS:
+        table.add_column(header, justify="right")
+
+    def steps_of(name: str) -> tuple[bool, float]:
+        steps = found[name]["steps"]
+        return len(steps) < len(by_name[name]), statistics.fmean(steps or [math.inf])
+
+    for name in sorted(by_name, key=steps_of):
+        records, mine = by_name[name], found[name]
+        edge = "*" if is_on_the_edge(search, records[0]) else ""
+        late = "" if BASELINE in records[0].company else "†"
+        failed = next((f" ({r.failed})" for r in records if r.failed), "")
         table.add_row(
             name,
             f"{records[0].settings['lr']:.2g}{edge}",
             f"{len(mine['steps'])} of {len(records)}",
             spread(mine["steps"], ".0f"),
-            ratios["steps"],
+            ratio(mine["steps"], base["steps"]),
             spread(mine["seconds"], ".1f"),
-            ratios["seconds"],
-            ratios["processor"],
-            spread([r.values[-1] for r in records], workload.form)
-            + (f" ({records[0].failed})" if records[0].failed else ""),
+            ratio(mine["seconds"], base["seconds"]) + late,
+            ratio(mine["processor"], base["processor"]),
+            spread([r.values[-1] for r in records], workload.form) + failed,
             f"{milliseconds(records, 'seconds'):.0f}",
             f"{milliseconds(records, 'processor'):.0f}",
         )
     return table
+
+
+def ratio(mine: Sequence[float], base: Sequence[float]) -> str:
+    return f"{statistics.mean(mine) / statistics.mean(base):.2f}" if mine and base else "-"
 
 
 def measures(
@@ -187,20 +199,31 @@ def draw(final: Sequence[Record], target: float, workload: Workload, path: Path)
     )
 
 
+def show(
+    final: Sequence[Record],
+    search: Sequence[Record],
+    target: float,
+    workload: Workload,
+    store: Store,
+    console: Console,
+) -> None:
+    """Print the table and draw the figure beside the records."""
+    console.print(results(final, search, target, workload))
+    console.print(NOTES)
+    figure = store.path.with_suffix(".png")
+    draw(final, target, workload, figure)
+    console.print(f"Runs: {store.path}; figure: {figure}")
+
+
 def machine(budget: str, threads: int) -> str:
     return (
-        f"{platform.processor() or platform.machine()}, {threads} threads, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, asdl_ws_plugin "
-        f"{asdl_ws_plugin.__version__}, budget {budget}"
+        f"{platform.machine()}, {threads} threads, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, asdl_ws_plugin {asdl_ws_plugin.__version__}, budget {budget}"
     )
 
 
-def run(
-    workload: Workload,
-    names: Sequence[str],
-    budget: Budget,
-    store: Store,
-    console: Console,
+def compare(
+    workload: Workload, names: Sequence[str], budget: Budget, store: Store, console: Console
 ) -> tuple[list[Record], list[Record], float]:
     """Search, target, final runs: the final records, the search's, and the target."""
     with _report.progress_bars(console, workload.metric, workload.form) as progress:
@@ -215,16 +238,16 @@ def run(
         if target is None:
             target = target_of(search, workload)
             store.append({"target": target})
-        best = {name: chosen(search, name, target, workload) for name in names}
+        best = {name: chosen(search, name, target, workload).settings for name in names}
+        wanted = set()
         for seed in range(1, budget.seeds + 1):
-            runs = [Record(name, best[name].settings, seed, "final") for name in names]
+            runs = [Record(name, best[name], seed, "final") for name in names]
+            wanted |= {record.key for record in runs}
             race(workload, runs, store, progress)
-    wanted = {Record(n, best[n].settings, s, "final").key for n in names
-              for s in range(1, budget.seeds + 1)}  # fmt: skip
     return [r for r in store.records("final") if r.key in wanted], search, target
 
 
-def main(arguments: list[str] | None = None) -> list[Record]:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -237,21 +260,23 @@ def main(arguments: list[str] | None = None) -> list[Record]:
     parser.add_argument("--trials", type=int, help="trials of the search for each contender")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/time_to_target"))
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[Record]:
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     budget = BUDGETS[options.budget]
     budget = Budget(options.trials or budget.trials, options.seeds or budget.seeds)
     names = [n for n in CONTENDERS if n == BASELINE or options.only is None or n in options.only]
     workload: Workload = WORKLOADS[options.workload](options.budget)
+    console = _report.console()
+    console.print(machine(options.budget, options.threads))
     # Files of another budget, search or number of threads are files of another experiment.
     stem = f"{options.workload}-{options.budget}-{budget.trials}-{options.threads}"
-    store, console = Store(options.out / f"{stem}.jsonl"), _report.console()
-    console.print(machine(options.budget, options.threads))
-    final, search, target = run(workload, names, budget, store, console)
-    console.print(results(final, search, target, workload))
-    console.print("*: the lowest or the highest learning rate that was tried")
-    draw(final, target, workload, options.out / f"{stem}.png")
-    console.print(f"Runs: {store.path}; figure: {options.out / stem}.png")
+    store = Store(options.out / f"{stem}.jsonl")
+    final, search, target = compare(workload, names, budget, store, console)
+    show(final, search, target, workload, store, console)
     return final
 
 

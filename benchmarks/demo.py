@@ -1,0 +1,55 @@
+"""`make demo`: the Vision Transformer of ``time_to_target.py`` on real handwriting, NAdamW beside
+K-FAC-reduce on top of it.
+
+    python benchmarks/demo.py            # about four minutes on two cores
+    python benchmarks/demo.py --quick    # a few steps of a small model
+
+Both train for the same steps, in alternating slices, with the learning rate that
+``time_to_target.py`` found for each on another seed. The table has steps and seconds to the target,
+and the figure the validation accuracy over both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import _report  # of the examples, whose folder _workloads adds to the path
+import torch
+from _contenders import BASELINE, CONTENDERS
+from _race import Record, Store, race
+from _workloads import Handwriting
+from time_to_target import machine, show
+
+SEED = 1
+LEARNING_RATES = {BASELINE: 4e-3, "K-FAC-reduce 5/20": 4e-3}
+TARGET = 0.9
+
+
+def main(arguments: list[str] | None = None) -> list[Record]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps of a small model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the figure")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    size = "tiny" if options.quick else "demo"
+    workload, console = Handwriting(size), _report.console()
+    console.print(machine(size, options.threads))
+    store = Store(options.out / "demo.jsonl")
+    store.clear()
+    runs = [
+        Record(name, {**CONTENDERS[name].defaults, "lr": lr}, SEED, "final")
+        for name, lr in LEARNING_RATES.items()
+    ]
+    with _report.progress_bars(console, workload.metric, workload.form) as progress:
+        race(workload, runs, store, progress)
+    final = store.records("final")
+    show(final, [], TARGET, workload, store, console)
+    return final
+
+
+if __name__ == "__main__":
+    main()
