@@ -139,15 +139,25 @@ class Store:
     Args:
         path: of the JSON lines; the runs in progress are in a file of the same name that ends in
             ``.pt``.
+        experiment: what was run. It is written down first, and a file of another is refused.
+
+    Raises:
+        RuntimeError: if the file is of another experiment.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, experiment: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self._live = path, path.with_suffix(".pt")
+        self.path, self._live, self._experiment = path, path.with_suffix(".pt"), experiment
+        if not path.exists():
+            self.clear()
+        found = self._lines()[0].get("experiment")
+        if found != experiment:
+            raise RuntimeError(
+                f"{path} is of another experiment ({found}, not {experiment}): move it away to run "
+                "this one."
+            )
 
     def _lines(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
     def append(self, line: dict[str, Any]) -> None:
@@ -176,8 +186,8 @@ class Store:
         self._live.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Forget everything."""
-        self.path.unlink(missing_ok=True)
+        """Forget all runs."""
+        self.path.write_text(json.dumps({"experiment": self._experiment}) + "\n")
         self.drop_live()
 
 

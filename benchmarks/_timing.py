@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["Parts", "alternate", "in_fresh_process", "peak_memory_mib", "seconds", "weighted"]
+__all__ = [
+    "Parts",
+    "alternate",
+    "in_fresh_process",
+    "peak_memory_mib",
+    "resident",
+    "seconds",
+    "weighted",
+]
 
 
 def _synchronize() -> None:
@@ -151,13 +159,13 @@ def peak_memory_mib(prepare: Callable[[], Callable[[], Any]], steps: int) -> flo
         for _ in range(steps):
             step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     for _ in range(steps):
         step()
-    return (_resident("VmHWM") - before) / 2**20
+    return (resident("VmHWM") - before) / 2**20
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes of resident memory: ``VmRSS`` now, ``VmHWM`` at its highest."""
     status = Path("/proc/self/status")
     if (

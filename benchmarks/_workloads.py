@@ -47,6 +47,7 @@ class Workload(Protocol):
         outer: beginnings of the names of parameters that Muon leaves to NAdamW: embeddings and
             output layers.
         length: of a run.
+        size: all numbers that its budget sets.
     """
 
     title: str
@@ -58,6 +59,7 @@ class Workload(Protocol):
     lr: float
     outer: tuple[str, ...]
     length: Length
+    size: tuple[int, ...]
 
     def model(self) -> nn.Module:
         """An untrained model; the global generator decides which."""
@@ -94,7 +96,8 @@ class Handwriting:
     }
 
     def __init__(self, budget: str) -> None:
-        steps, every, self.batch_size, self.depth, self.width = self._sizes[budget]
+        self.size = self._sizes[budget]
+        steps, every, self.batch_size, self.depth, self.width = self.size
         self.length = Length(steps, every)
         x, y = handwriting()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
@@ -174,10 +177,11 @@ class Molecules:
     }
 
     def __init__(self, budget: str) -> None:
+        self.size = self._sizes[budget]
         import molecules
 
         self._example = molecules
-        steps, every, self.batch_size, self.width = self._sizes[budget]
+        steps, every, self.batch_size, self.width = self.size
         self.length = Length(steps, every)
         self.data = molecules.ForGraphNetwork(molecules.load(quick=budget == "tiny"))
 
@@ -223,10 +227,11 @@ class Translation:
     }
 
     def __init__(self, budget: str) -> None:
+        self.size = self._sizes[budget]
         import translation
 
         self._example = translation
-        steps, every, pairs, held_out, vocabulary, self.width, self.batch_size = self._sizes[budget]
+        steps, every, pairs, held_out, vocabulary, self.width, self.batch_size = self.size
         self.length = Length(steps, every)
         self.corpus = translation.Corpus.load(pairs, held_out, vocabulary)
 
@@ -269,8 +274,9 @@ class SourceCode:
     }
 
     def __init__(self, budget: str) -> None:
+        self.size = self._sizes[budget]
         steps, every, characters, self.batch_size, self.positions, self.depth, self.width = (
-            self._sizes[budget]
+            self.size
         )
         self.length = Length(steps, every)
         text = standard_library(characters)

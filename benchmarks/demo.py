@@ -19,7 +19,7 @@ import torch
 from _contenders import BASELINE, CONTENDERS
 from _race import Record, Store, race
 from _workloads import Handwriting
-from time_to_target import machine, show
+from time_to_target import experiment_of, machine, show
 
 SEED = 1
 LEARNING_RATES = {BASELINE: 4e-3, "K-FAC-reduce 5/20": 4e-3}
@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> list[Record]:
     size = "tiny" if options.quick else "demo"
     workload, console = Handwriting(size), _report.console()
     console.print(machine(size, options.threads))
-    store = Store(options.out / "demo.jsonl")
-    store.clear()
+    path = options.out / "demo.jsonl"
+    path.unlink(missing_ok=True)
+    store = Store(path, experiment_of(workload))
     runs = [
         Record(name, {**CONTENDERS[name].defaults, "lr": lr}, SEED, "final")
         for name, lr in LEARNING_RATES.items()

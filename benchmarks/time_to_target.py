@@ -44,7 +44,7 @@ import _report
 
 import asdl_ws_plugin
 
-__all__ = ["compare", "machine", "main", "show"]
+__all__ = ["compare", "experiment_of", "machine", "main", "show"]
 
 WHEN = 0.75  # share of NAdamW's steps after which it sets the target
 
@@ -215,6 +215,10 @@ def show(
     console.print(f"Runs: {store.path}; figure: {figure}")
 
 
+def experiment_of(workload: Workload) -> str:
+    return f"{type(workload).__name__} {workload.size}, torch {torch.__version__}"
+
+
 def machine(budget: str, threads: int) -> str:
     return (
         f"{platform.machine()}, {threads} threads, Python {platform.python_version()}, torch "
@@ -274,7 +278,7 @@ def main(arguments: list[str] | None = None) -> list[Record]:
     console.print(machine(options.budget, options.threads))
     # Files of another budget, search or number of threads are files of another experiment.
     stem = f"{options.workload}-{options.budget}-{budget.trials}-{options.threads}"
-    store = Store(options.out / f"{stem}.jsonl")
+    store = Store(options.out / f"{stem}.jsonl", experiment_of(workload))
     final, search, target = compare(workload, names, budget, store, console)
     show(final, search, target, workload, store, console)
     return final

@@ -160,10 +160,18 @@ def test_a_run_goes_the_same_way_alone_in_company_and_interrupted(
     first, second = runner(), runner()
     first.advance(lambda: None)
     torch.rand(7)  # others draw random numbers
-    store = parts.race.Store(tmp_path / "x.jsonl")
+    store = parts.race.Store(tmp_path / "x.jsonl", "this")
     store.save_live([first])
     second.load_state_dict(store.load_live()[first.record.key])
     assert run_to_the_end(second).values == alone.values == run_to_the_end(first).values
+
+
+def test_results_of_another_experiment_are_refused(parts: SimpleNamespace, tmp_path: Path) -> None:
+    store = parts.race.Store(tmp_path / "x.jsonl", "this")
+    store.append({"target": 1.0})
+    assert parts.race.Store(tmp_path / "x.jsonl", "this").target() == 1.0
+    with pytest.raises(RuntimeError, match=r"x.jsonl is of another experiment \(this, not that\)"):
+        parts.race.Store(tmp_path / "x.jsonl", "that")
 
 
 def test_contenders_alternate_in_slices(
