@@ -17,7 +17,7 @@ from _workloads import Workload
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import asdl_ws_plugin  # noqa: F401  # makes ASDL accept shared_dim
+import asdl_ws_plugin  # makes ASDL accept shared_dim
 
 __all__ = ["BASELINE", "CONTENDERS", "Contender", "Trainer"]
 
@@ -68,12 +68,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> float:
         """The workload's metric. Schedule-Free keeps other weights for it than for training."""
-        self._switch("eval")
+        self.switch("eval")
         value = self.workload.evaluate(self.model)
-        self._switch("train")
+        self.switch("train")
         return value
 
-    def _switch(self, mode: str) -> None:
+    def switch(self, mode: str) -> None:
         getattr(self.model, mode)()
         for optimizer in self.optimizers:
             getattr(optimizer, mode, lambda: None)()
@@ -250,18 +250,14 @@ def schedule_free(workload: Workload, model: nn.Module, settings: Settings) -> T
     return Trainer(workload, model, [optimizer], [])
 
 
-def kfac(strategy: str | None, fisher_type: str, curvature: int, inverse: int) -> Make:
-    """K-FAC in front of NAdamW. ``strategy=None`` is that of the workload's setting."""
+def kfac(strategy: str | None, fisher_type: str, config_of: Callable[[Settings], Any]) -> Make:
+    """K-FAC in front of NAdamW. ``strategy=None`` is that of the workload's setting; ``config_of``
+    makes the configuration of the settings.
+    """
 
     def make(workload: Workload, model: nn.Module, settings: Settings) -> Trainer:
         workload.prepare(model)
-        config = asdl.PreconditioningConfig(
-            damping=settings["damping"],
-            ema_decay=settings["ema_decay"],
-            curvature_upd_interval=curvature,
-            preconditioner_upd_interval=inverse,
-            ignore_modules=IGNORED,
-        )
+        config = config_of(settings)
         maker = asdl.KfacGradientMaker(
             model,
             config,
@@ -275,6 +271,22 @@ def kfac(strategy: str | None, fisher_type: str, curvature: int, inverse: int) -
         return trainer
 
     return make
+
+
+def every(curvature: int, inverse: int) -> Callable[[Settings], Any]:
+    """ASDL's own configuration, with these intervals."""
+    return lambda settings: asdl.PreconditioningConfig(
+        damping=settings["damping"],
+        ema_decay=settings["ema_decay"],
+        curvature_upd_interval=curvature,
+        preconditioner_upd_interval=inverse,
+        ignore_modules=IGNORED,
+    )
+
+
+def preset(settings: Settings) -> Any:
+    """What the README shows. Nothing of it is ever tuned."""
+    return asdl_ws_plugin.recommended(ignore_modules=IGNORED)
 
 
 ADAM = {"weight_decay": 0.03, "1-beta1": 0.1, "1-beta2": 0.01, "warmup": 0.1}
@@ -317,11 +329,17 @@ def _contenders() -> dict[str, Contender]:
     for name, (strategy, fisher_type) in KINDS.items():
         for (curvature, inverse), decay in INTERVALS.items():
             result[f"{name} {curvature}/{inverse}"] = Contender(
-                kfac(strategy, fisher_type, curvature, inverse),
+                kfac(strategy, fisher_type, every(curvature, inverse)),
                 {**ADAM, "damping": 1e-3, "ema_decay": decay},
                 space=KFAC_SPACE,
                 is_ours=True,
             )
+    for name, fisher_type in {
+        "K-FAC preset": "fisher_mc",
+        "K-FAC preset, forward-only": "fisher_forward_only",
+    }.items():
+        make = kfac(None, fisher_type, preset)
+        result[name] = Contender(make, ADAM, space=ADAM_SPACE, is_ours=True)
     if not hasattr(torch.optim, "Muon"):  # before torch 2.9
         del result["Muon"]
     return result

@@ -31,7 +31,7 @@ class Record:
         steps, values: of the evaluations.
         seconds, processor: wall-clock seconds and the process' CPU seconds of training alone, at
             the evaluations. On a machine that others use, the second is the steadier.
-        failed: the error that ended it; its last value is then the worst one.
+        failed: the error that ended it.
     """
 
     contender: str
@@ -69,7 +69,7 @@ class Runner:
         torch.manual_seed(record.seed)
         model = workload.model()
         self.trainer: Trainer = CONTENDERS[record.contender].make(workload, model, record.settings)
-        self.trainer._switch("train")
+        self.trainer.switch("train")
         self._random = torch.get_rng_state()
         torch.set_rng_state(before)
         self.batches = workload.batches(record.seed)

@@ -29,7 +29,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,9 @@ def check_same(size: Size, setting: str) -> float:
     """Raise an AssertionError unless the device's float32 factors are the CPU's float64 ones, on a
     batch of four; return the largest relative difference.
     """
-    ours = Workload(Size(**{**asdict(size), "batch": 4})).factors(setting)
-    theirs = Workload(
-        Size(**{**asdict(size), "batch": 4, "device": "cpu"}), dtype=torch.float64
-    ).factors(setting)
+    few = replace(size, batch=4)
+    ours = Workload(few).factors(setting)
+    theirs = Workload(replace(few, device="cpu"), dtype=torch.float64).factors(setting)
     difference = 0.0
     for name, factors in ours.items():
         for mine, exact in zip(factors, theirs[name], strict=True):
@@ -188,9 +187,7 @@ def largest_batch(size: Size) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            Workload(Size(**{**asdict(size), "batch": batch})).kfac(CONTENDERS["expand 1/10"])(
-                "inverse"
-            )
+            Workload(replace(size, batch=batch)).kfac(CONTENDERS["expand 1/10"])("inverse")
             if torch.cuda.max_memory_allocated() < total * 2 / 3:
                 return batch
     raise RuntimeError(f"a batch of {FULL_SIZE_BATCHES[-1]} needs more than this GPU has")
@@ -322,28 +319,27 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def measure(size: Size, options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Print all tables, and return (and write) what is in them."""
     is_cpu = size.device == "cpu"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if options.batch or not is_cpu:
+        size = replace(size, batch=options.batch or largest_batch(size))
     report: dict[str, Any] = {
         "device": platform.machine() if is_cpu else torch.cuda.get_device_name(size.device),
         "torch": torch.__version__,
         "asdl_ws_plugin": asdl_ws_plugin.__version__,
+        "size": asdict(size),
     }
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    console.print(report)
     report["factors"] = {name: check_same(size, name) for name in ("expand", "reduce")}
     for name, relative in report["factors"].items():
         console.print(f"{name}: float32 factors here are the CPU's in float64, to {relative:.0e}")
-    if options.batch or not is_cpu:
-        size = Size(**{**asdict(size), "batch": options.batch or largest_batch(size)})
-    report["size"] = asdict(size)
-    console.print(", ".join(f"{key} {value}" for key, value in {**report, **report["size"]}.items()
-                            if not isinstance(value, dict)))  # fmt: skip
     for precision in ("float32", "bfloat16"):
         times = step_times(size, precision == "bfloat16", options.seconds, options.rounds)
         table, ratios = times_table(times, precision)
         console.print(table)
         report[precision] = {"times": times, "ratios": ratios}
     every_step = [name for name, c in CONTENDERS.items() if c.curvature_interval == 1]
-    report["parts"] = {name: parts_of(size, True, name, min(options.rounds, 5))
-                       for name in every_step}  # fmt: skip
+    rounds = min(options.rounds, 5)
+    report["parts"] = {name: parts_of(size, True, name, rounds) for name in every_step}
     console.print(parts_table(report["parts"]))
     report["counts"], rows = counts_of(size, True, "reduce 10/100")
     console.print(counts_table(report["counts"], "reduce 10/100"))

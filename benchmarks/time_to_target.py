@@ -66,8 +66,11 @@ BUDGETS = {"tiny": Budget(2, 1), "small": Budget(3, 1), "full": Budget(20, 3)}
 
 
 def best_of(records: Sequence[Record], lower_is_better: bool) -> Record:
-    """The run with the best last value."""
-    return min(records, key=lambda r: r.values[-1] if lower_is_better else -r.values[-1])
+    """The run with the best last value, of those that came to their end."""
+    return min(
+        records,
+        key=lambda r: (bool(r.failed), r.values[-1] if lower_is_better else -r.values[-1]),
+    )
 
 
 def target_of(search: Sequence[Record], workload: Workload) -> float:
@@ -82,12 +85,15 @@ def target_of(search: Sequence[Record], workload: Workload) -> float:
 
 
 def chosen(search: Sequence[Record], name: str, target: float, workload: Workload) -> Record:
-    """The trial with the fewest steps to the target; among equals the one that ends best."""
+    """The trial with the fewest steps to the target, of those that came to their end; among equals
+    the one that ends best.
+    """
 
-    def rank(record: Record) -> tuple[float, float]:
+    def rank(record: Record) -> tuple[bool, float, float]:
         reached = record.reached(target, workload.lower_is_better)
         last = record.values[-1] if workload.lower_is_better else -record.values[-1]
-        return (math.inf if reached is None else record.steps[reached], last)
+        steps = math.inf if reached is None else record.steps[reached]
+        return bool(record.failed), steps, last
 
     return min((r for r in search if r.contender == name), key=rank)
 
@@ -153,7 +159,10 @@ def results(
 
 
 def ratio(mine: Sequence[float], base: Sequence[float]) -> str:
-    return f"{statistics.mean(mine) / statistics.mean(base):.2f}" if mine and base else "-"
+    """Of the means; a dash where one has none, or the baseline's is zero."""
+    if not mine or not any(base):
+        return "-"
+    return f"{statistics.fmean(mine) / statistics.fmean(base):.2f}"
 
 
 def measures(
@@ -175,15 +184,15 @@ def draw(final: Sequence[Record], target: float, workload: Workload, path: Path)
     """
     names = list(dict.fromkeys(r.contender for r in final if not r.failed))
     ours = [name for name in names if CONTENDERS[name].is_ours]
-    ends = {n: statistics.mean(r.values[-1] for r in final if r.contender == n) for n in names}
+    ends = {n: statistics.fmean(r.values[-1] for r in final if r.contender == n) for n in names}
     ours.sort(key=lambda name: ends[name], reverse=not workload.lower_is_better)
     runs = []
     for name in [n for n in names if not CONTENDERS[n].is_ours] + ours[:2]:
         records = [r for r in final if r.contender == name and not r.failed]
         run = _report.Run(name, lower_is_better=workload.lower_is_better)
         run.steps = records[0].steps
-        run.seconds = [statistics.mean(t) for t in zip(*(r.seconds for r in records), strict=True)]
-        run.values = [statistics.mean(v) for v in zip(*(r.values for r in records), strict=True)]
+        run.seconds = [statistics.fmean(t) for t in zip(*(r.seconds for r in records), strict=True)]
+        run.values = [statistics.fmean(v) for v in zip(*(r.values for r in records), strict=True)]
         runs.append(run)
     reach = max(abs(run.values[-1] - target) for run in runs)
     span = max(2 * reach, 0.15 * abs(target))

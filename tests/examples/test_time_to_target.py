@@ -85,6 +85,7 @@ def test_the_target_is_what_the_tuned_baseline_reaches_at_three_quarters(
     search = [
         record(bench, "NAdamW", 1.0, [5.0, 2.0, 1.9, 1.8, 1.7]),
         record(bench, "NAdamW", 2.0, [5.0, 4.0, 2.5, 2.6, 1.0]),  # ends best
+        record(bench, "NAdamW", 4.0, [5.0, 0.1, 0.1], failed="ValueError"),
         record(bench, "SOAP", 1.0, [5.0, 0.5, 0.4, 0.3, 0.2]),
     ]
     assert bench.target_of(search, gpt) == 2.5
@@ -99,11 +100,12 @@ def test_a_contender_takes_the_trial_with_the_fewest_steps_to_the_target(
         record(bench, "SOAP", 1.0, [5.0, 3.0, 2.0, 0.1]),
         record(bench, "SOAP", 2.0, [5.0, 2.0, 1.9, 1.8]),
         record(bench, "SOAP", 3.0, [5.0, 2.0, 1.9, 1.5]),  # as fast, and ends better
+        record(bench, "SOAP", 4.0, [5.0, 1.0], failed="LinAlgError"),
         record(bench, "Muon", 1.0, [5.0, 0.0, 0.0, 0.0]),
     ]
     best = bench.chosen(search, "SOAP", 2.0, gpt)
-    assert best.settings == {"lr": 3.0} and bench.is_on_the_edge(search, best)
-    assert not bench.is_on_the_edge(search, search[1])
+    assert best.settings == {"lr": 3.0} and not bench.is_on_the_edge(search, best)
+    assert bench.is_on_the_edge(search, search[0]) and not bench.is_on_the_edge(search, search[1])
     assert bench.chosen(search, "SOAP", 0.01, gpt) is search[0]  # none reaches it
 
 
@@ -122,6 +124,7 @@ def test_the_table_tells_steps_and_seconds_and_who_did_not_reach_the_target(
     lines = {line.split()[1]: line for line in capture.get().splitlines() if "of 2" in line}
     assert "2 of 2" in lines["NAdamW"] and "15 ± 7" in lines["NAdamW"]
     assert "1 of 2" in lines["SOAP"] and "0.67" in lines["SOAP"] and "ValueError" in lines["SOAP"]
+    assert bench.ratio([1.0], []) == bench.ratio([], [1.0]) == bench.ratio([1.0], [0.0]) == "-"
 
 
 # --------------------------------------------------------------------------- running a race
@@ -135,7 +138,12 @@ def run_to_the_end(runner: Any) -> Any:
 
 def every_contender() -> list[str]:
     kinds = ("K-FAC-reduce", "K-FAC-expand", "K-FAC forward-only", "K-FAC empirical")
-    return sorted(PEERS) + [f"{kind} {i}" for kind in kinds for i in ("1/10", "5/20", "10/100")]
+    presets = ["K-FAC preset", "K-FAC preset, forward-only"]
+    return (
+        sorted(PEERS)
+        + presets
+        + [f"{kind} {i}" for kind in kinds for i in ("1/10", "5/20", "10/100")]
+    )
 
 
 def test_all_contenders_are_there(bench: ModuleType) -> None:
@@ -199,7 +207,7 @@ def test_times_are_those_of_training_alone(
     monkeypatch.setattr(parts.race, "time", clock)
 
     class Fake:
-        def _switch(self, mode: str) -> None: ...
+        def switch(self, mode: str) -> None: ...
 
         def step(self, arguments: Any, labels: Any) -> float:
             now["wall"] += 2.0
