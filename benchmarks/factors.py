@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ Factors = tuple[Tensor, Tensor]
 Make = Callable[[nn.Linear, Tensor, Tensor, str], Callable[[], Factors]]
 STRATEGIES = ("expand", "reduce")
 FLOORS = ("read", "product")
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def by_plugin(layer: nn.Linear, a: Tensor, b: Tensor, strategy: str) -> Callable[[], Factors]:
@@ -207,7 +209,11 @@ def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 def measure(
-    series: Series, strategy: str, rounds: int, on_step: Callable[[str], None]
+    series: Series,
+    strategy: str,
+    rounds: int,
+    on_step: Callable[[str], None],
+    clock: Callable[[], float],
 ) -> dict[str, list[float]]:
     """Contender -> seconds, the median at each size."""
     found: dict[str, list[float]] = {name: [] for name in names_of(strategy)}
@@ -215,7 +221,7 @@ def measure(
         layer, a, b = series.tensors(i)
         runs = {name: {"": CONTENDERS[name](layer, a, b, strategy)} for name in found}
         alternate(runs, 1)  # warm up
-        for name, times in alternate(runs, rounds, on_step).items():
+        for name, times in alternate(runs, rounds, on_step, clock).items():
             found[name].append(statistics.median(times[""]))
     return found
 
@@ -278,6 +284,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--rounds", type=int, help="of every contender and size (default: 7)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="'processor', with one thread, for a machine that others use",
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -287,7 +299,10 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
-    console.print(f"torch {torch.__version__}, {options.threads} threads, {rounds} rounds")
+    console.print(
+        f"torch {torch.__version__}, {options.threads} threads, {rounds} rounds, medians of "
+        f"{options.clock} time"
+    )
     for series in QUICK if options.quick else SERIES:
         for strategy in STRATEGIES:
             names = names_of(strategy)
@@ -296,7 +311,11 @@ def main(arguments: list[str] | None = None) -> None:
                 total = rounds * len(names) * len(series.positions)
                 task = progress.add_task(f"{strategy} over {series.name}", total=total)
                 times = measure(
-                    series, strategy, rounds, lambda _, task=task: progress.advance(task)
+                    series,
+                    strategy,
+                    rounds,
+                    lambda _, task=task: progress.advance(task),
+                    CLOCKS[options.clock],
                 )
             console.print(time_table(series, strategy, times))
             if options.no_memory:

@@ -4,7 +4,9 @@ fitted is the law that was there.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -88,3 +90,12 @@ def _peaks() -> list[float]:
 
     series = factors.over_positions(8, 64, [64, 1024, 4096])
     return [factors.memory(series, "expand", name, 1)[-1] for name in ("here", "singd")]
+
+
+def test_processor_time_leaves_out_what_others_take(bench: ModuleType) -> None:
+    from _timing import seconds  # type: ignore[import-not-found]
+
+    waiting = functools.partial(time.sleep, 0.2)
+    assert seconds(waiting, bench.CLOCKS["processor"]) < 0.1
+    assert 0.2 <= seconds(waiting, bench.CLOCKS["wall"])
+    assert 0.2 <= seconds(waiting)
