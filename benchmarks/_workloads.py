@@ -92,7 +92,7 @@ class Handwriting:
     _sizes: ClassVar = {  # steps, evaluate every, batch size, depth, width, patch
         "tiny": (6, 3, 8, 1, 16, 7),
         "small": (200, 10, 64, 2, 64, 7),
-        "demo": (300, 20, 64, 4, 96, 4),
+        "demo": (400, 20, 128, 4, 96, 4),
         "full": (600, 20, 128, 4, 96, 4),
     }
 

@@ -44,7 +44,7 @@ import _report
 
 import asdl_ws_plugin
 
-__all__ = ["compare", "experiment_of", "machine", "main", "show"]
+__all__ = ["compare", "experiment_of", "machine", "main", "show", "target_of"]
 
 WHEN = 0.75  # share of NAdamW's steps after which it sets the target
 

@@ -97,5 +97,5 @@ def test_processor_time_leaves_out_what_others_take(bench: ModuleType) -> None:
 
     waiting = functools.partial(time.sleep, 0.2)
     assert seconds(waiting, bench.CLOCKS["processor"]) < 0.1
-    assert 0.2 <= seconds(waiting, bench.CLOCKS["wall"])
-    assert 0.2 <= seconds(waiting)
+    assert seconds(waiting, bench.CLOCKS["wall"]) >= 0.2
+    assert seconds(waiting) >= 0.2
