@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -300,6 +302,14 @@ def test_the_demo_trains_two_contenders_afresh(
     printed = capsys.readouterr().out
     assert all(name in printed for name in demo.LEARNING_RATES)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("script", ["time_to_target", "demo", "factors", "gpu"])
+def test_a_command_starts_in_a_process_of_its_own(script: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--help"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert f"python benchmarks/{script}.py" in found.stdout
 
 
 def test_refuses_what_it_does_not_know(
