@@ -5,8 +5,8 @@ K-FAC-reduce on top of it.
     python benchmarks/demo.py --quick    # a few steps of a small model
 
 Both train for the same steps with the same settings of NAdamW, in alternating slices. The target is
-what this very NAdamW has reached after 75 % of its steps. The table has steps and seconds to it, and the figure the validation
-accuracy over both.
+what this very NAdamW has reached after 75 % of its steps. The table has steps and seconds to it,
+and the figure the validation accuracy over both.
 """
 
 from __future__ import annotations
