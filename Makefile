@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo docs test quick matrix lint upstream
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/vit_digits.py
+	$(BIN)/python benchmarks/demo.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
