@@ -246,15 +246,7 @@ def find_role(
     Raises a LayerError if the role was not given, no role has that many rows, or several have; or
     if the index is on another device than the rows.
     """
-    elsewhere = next(
-        (part.device for part in roles.values() if device not in (None, part.device)), None
-    )
-    if elsewhere is not None:
-        raise LayerError(
-            name,
-            f"its input is on {device}, but the index of its rows on {elsewhere}",
-            f"Move the index to {device}.",
-        )
+    _check_device(name, roles, device)
     known = ", ".join(f"'{role}' with {len(part)} rows" for role, part in roles.items())
     role = str(getattr(module, "role", None) or "")
     if role and role not in roles:
@@ -280,6 +272,16 @@ def find_role(
             f"Give the layer its role, as in convert(model, roles=[('{name}', '{fitting[0]}')]).",
         )
     return roles[fitting[0]], fitting[0] if len(fitting) == 1 else ""
+
+
+def _check_device(name: str, roles: Mapping[str, Segments], device: torch.device | None) -> None:
+    elsewhere = [part.device for part in roles.values() if device not in (None, part.device)]
+    if elsewhere:
+        raise LayerError(
+            name,
+            f"its input is on {device}, but the index of its rows on {elsewhere[0]}",
+            f"Move the index to {device}.",
+        )
 
 
 def _other_rows(name: str) -> str:
