@@ -55,6 +55,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         AssertionError, RuntimeError: as ``nn.MultiheadAttention``, for inputs and masks whose sizes
             do not match.
         ValueError: nested tensors, where the fused kernel cannot be used.
+
+    >>> import torch, asdl_ws_plugin
+    >>> attention = asdl_ws_plugin.MultiheadAttention(8, num_heads=2, batch_first=True)
+    >>> x = torch.randn(4, 5, 8)
+    >>> output, weights = attention(x, x, x)
+    >>> output.shape, [name for name, _ in attention.named_children()]
+    (torch.Size([4, 5, 8]), ['out_proj', 'q_proj', 'k_proj', 'v_proj'])
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

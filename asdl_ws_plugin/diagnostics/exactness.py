@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from asdl.fisher import FisherConfig
 from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
 from asdl.matrices import FISHER_EXACT, SHAPE_KRON
 from torch import Tensor, nn
 
+from ..makers import FisherConfig
 from ..weight_sharing.capture import Layer
 from ..weight_sharing.errors import LayerError
-from ..weight_sharing.loss import LOSS_TYPES
+from ..weight_sharing.likelihoods import LOSS_TYPES
 from ..weight_sharing.operations import EXPAND, REDUCE
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.registry import is_supported, strategies

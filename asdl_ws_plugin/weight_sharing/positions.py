@@ -90,6 +90,12 @@ class WeightSharingLinear(nn.Linear):
     Shapes:
         - input: ``(ΣR_n, in_features)``
         - output: ``(ΣR_n, out_features)``
+
+    >>> from asdl_ws_plugin import WeightSharingLinear, segments
+    >>> model = nn.Sequential(WeightSharingLinear(3, 8, role="node"), nn.Tanh())
+    >>> with segments(model, node=torch.tensor([0, 0, 1])):  # two graphs of 2 nodes and 1 node
+    ...     model(torch.randn(3, 3)).shape
+    torch.Size([3, 8])
     """
 
     role: str | None = None
