@@ -24,9 +24,10 @@ from ..weight_sharing.batch import Batch
 from ..weight_sharing.blocks import LinearBlock
 from ..weight_sharing.capture import Layer, Record
 from ..weight_sharing.fisher_maker import WeightSharingFisherMaker
+from ..weight_sharing.output_grads import Part
 from ..weight_sharing.positions import Positions
 from ..weight_sharing.ragged import Ragged
-from ..weight_sharing.read_loss import LossTerms
+from ..weight_sharing.reading import Reading
 from ..weight_sharing.registry import find_operation
 
 __all__ = ["Comparison", "ExactBlock", "NothingSeen"]
@@ -283,13 +284,14 @@ class Comparison(WeightSharingFisherMaker):
     def _backward(
         self,
         batch: Batch,
-        terms: LossTerms,
+        reading: Reading,
+        parts: list[Part],
         loss: Tensor | None,
         scale_B: Any,
         calc_loss_grad: bool,
     ) -> None:
         assert isinstance(batch, _CollectingBatch) and loss is not None
-        num_terms = float(terms.num_terms)
+        num_terms = float(reading.num_terms)
         self.num_terms += num_terms
         modules = [layer.module for layer in batch.layers]
         held: list[Any] = [
@@ -306,7 +308,7 @@ class Comparison(WeightSharingFisherMaker):
         batch.end_of_pass()
         for collector in batch.collectors.values():
             collector.of_loss = False
-        super()._backward(batch, terms, loss, scale_B, False)
+        super()._backward(batch, reading, parts, loss, scale_B, False)
 
     def _nothing_seen(self, layers: list[Layer], record: Record) -> str:
         for layer in layers:

@@ -193,7 +193,7 @@ def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor
 
 
 @contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
+def eagerly() -> Iterator[None]:
     """Whatever was compiled runs as if it were not."""
     if "torch._dynamo" not in sys.modules:
         yield
@@ -260,7 +260,7 @@ def recording(
         for layer in layers:
             for name, module in [(layer.name, layer.module), *layer.tied]:
                 add_hook(layer, name, module)
-        with _eagerly():
+        with eagerly():
             _records.append(record)
             yield record
     finally:

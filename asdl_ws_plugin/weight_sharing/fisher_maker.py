@@ -23,16 +23,17 @@ from torch import Tensor, nn
 from ._warn import warn
 from .batch import Batch
 from .blocks import parameters_of
-from .capture import Layer, Record, recording
+from .capture import Layer, Record, eagerly, recording
 from .factors import full_precision
 from .layout import fits, infer_num_examples, leading_sizes
-from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var, likelihood_of
+from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
-from .output_grads import exact_output_grads, positions_of_terms, sampled_output_grads
+from .observe_loss import LossObserver, loss_and_count
+from .output_grads import Part, sample_of
 from .plan import Plan
 from .positions import GRAPH, Positions, positions_of, take_own_positions
 from .ragged import Segments
-from .read_loss import LossObserver, LossTerms, read_loss
+from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
 from .rules import SEQUENCE_FIRST
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
@@ -115,10 +116,8 @@ class WeightSharingFisherMaker(FisherMaker):
                 f"fisher_type has to be one of {', '.join(FISHER_TYPES)}, got "
                 f"{config.fisher_type!r}."
             )
-        if config.fisher_type != FISHER_EMP and config.loss_type not in LOSS_TYPES:
-            raise ValueError(
-                f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}."
-            )
+        if config.fisher_type != FISHER_EMP:
+            check_loss_type(config.loss_type)
         if config.n_mc_samples < 1:
             raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
         check_data_size(config.data_size)
@@ -153,6 +152,7 @@ class WeightSharingFisherMaker(FisherMaker):
         # new one is added.
         self.decay = 1.0
         self._reported: set[str] = set()
+        self._count: Any = None  # how many terms the last loss says that it averages over
 
     @property
     def is_fisher_emp(self) -> bool:
@@ -228,24 +228,23 @@ class WeightSharingFisherMaker(FisherMaker):
                 "them with setup_logits_repr."
             )
 
-        loss_type = None if self.is_fisher_emp else config.loss_type
-        terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
-        if terms.has_negative and config.fisher_type in (FISHER_EXACT, FISHER_MC):
-            raise ValueError(
-                "The loss weighs terms negatively, as advantages do, so its curvature need not be "
-                "positive. Use fisher_type='fisher_emp', the second moment of its gradients."
-            )
+        has_data_size = data_size != _INVALID_DATA_SIZE
+        reading = self._read(loss, observations, has_data_size)
+        logits = self._logits = self._as_rows(logits, loss)
+        parts: list[Part] = []
+        if config.fisher_type in (FISHER_EXACT, FISHER_MC):
+            parts = reading.parts(config.var, of_loss=not has_data_size)
         num_examples, positions = count_examples(
             plan, record, logits, self._model_args, self._model_kwargs
         )
-        plan.layouts.num_terms = terms.num_rows
-        plan.decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
-        if data_size == _INVALID_DATA_SIZE:
+        plan.layouts.num_terms = reading.num_rows
+        plan.decide(reading.num_rows, _num_logits_of_examples(positions, num_examples))
+        if not has_data_size:
             if loss is None:
                 raise ValueError(
                     "data_size is not specified, and there is no loss to tell it from."
                 )
-            scale_A, scale_B = scale / num_examples, scale / terms.num_terms
+            scale_A, scale_B = scale / num_examples, scale / reading.sum_factor
         else:
             scale_A = scale_B = scale / data_size
         if config.fisher_type == FISHER_FORWARD_ONLY:
@@ -254,11 +253,12 @@ class WeightSharingFisherMaker(FisherMaker):
         self._record_requires_grad()
         batch = self._new_batch(layers, record, num_examples, positions, scale_A, fvp, vec)
         batch.take_inputs()
-        self._backward(batch, terms, loss, scale_B, calc_loss_grad)
+        self._backward(batch, reading, parts, loss, scale_B, calc_loss_grad)
         self.unseen = batch.unseen()
         self._report_unseen(layers, record)
         self._commit(batch, accumulate, fvp)
-        self.draws += 1
+        if not fvp:  # products are with one matrix, so its labels are those of one draw
+            self.draws += 1
         if calc_inv:
             self._invert(layers, damping)
         return self._model_output, loss if self.is_fisher_emp or calc_loss_grad else None
@@ -295,15 +295,34 @@ class WeightSharingFisherMaker(FisherMaker):
             record.positions.update(take_own_positions(self.model))
             self.call_model()
         if has_loss:
-            with observer:
+            with observer, eagerly():  # a compiled loss hides the functions that it calls
                 loss = self.call_loss()
         return record, loss, observer.observations
+
+    def call_loss(self) -> Tensor:
+        """ASDL's, with the losses of AlgoPerf's workloads understood, too."""
+        self._loss, self._count = loss_and_count(super().call_loss())
+        return self._loss
+
+    def _read(self, loss: Tensor | None, observations: list[Any], has_data_size: bool) -> Reading:
+        config = self.config
+        has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
+        return read_loss(
+            loss,
+            observations,
+            self._logits,
+            None if self.is_fisher_emp else config.loss_type or LOSS_AUTO,
+            reduction=self._declared_reduction(),
+            count=self._count,
+            needs_scale=self.is_fisher_emp or (has_curvature and has_data_size),
+        )
 
     @full_precision()
     def _backward(
         self,
         batch: Batch,
-        terms: LossTerms,
+        reading: Reading,
+        parts: list[Part],
         loss: Tensor | None,
         scale_B: Any,
         calc_loss_grad: bool,
@@ -311,7 +330,7 @@ class WeightSharingFisherMaker(FisherMaker):
         config = self.config
         if self.is_fisher_emp:
             assert loss is not None
-            batch.scale = scale_B * terms.sum_factor**2
+            batch.scale = scale_B * reading.sum_factor**2
             if calc_loss_grad:
                 with batch.taking_output_grads():
                     loss.backward()
@@ -319,7 +338,6 @@ class WeightSharingFisherMaker(FisherMaker):
                 batch.take_output_grads(loss, None, retain_graph=False)
             batch.end_of_pass()
             return
-        likelihood = likelihood_of(config.loss_type, config.var)
         if config.fisher_type == FISHER_FORWARD_ONLY:
             batch.scale = scale_B
             batch.identity_output_grads()
@@ -327,26 +345,43 @@ class WeightSharingFisherMaker(FisherMaker):
             generator = None
             if config.seed is not None:
                 seed = (int(config.seed) + self.draws * _STRIDE) % 2**63
-                generator = torch.Generator(terms.logits.device).manual_seed(seed)
+                generator = torch.Generator(parts[0].outputs.device).manual_seed(seed)
             batch.scale = scale_B / config.n_mc_samples
             for i in range(config.n_mc_samples):
-                grads = sampled_output_grads(terms, likelihood, generator)
+                outputs, grads = sample_of(parts, generator)
                 last = i == config.n_mc_samples - 1
-                batch.take_output_grads(
-                    terms.logits, grads, retain_graph=calc_loss_grad or not last
-                )
+                batch.take_output_grads(outputs, grads, retain_graph=calc_loss_grad or not last)
                 batch.end_of_pass()
         else:
             batch.scale = scale_B
-            position, num_positions = self._positions(terms, batch)
-            for grads in exact_output_grads(terms, likelihood, position, num_positions):
-                batch.take_output_grads(terms.logits, grads, retain_graph=True)
-                batch.end_of_pass()
+            position, num_positions = self._positions(batch)
+            for part in parts:
+                of_terms = position
+                if num_positions > 1 or part.num_rows != len(position):
+                    of_terms = part.positions(self._logits, position)
+                for grads in part.columns_by_position(of_terms, num_positions):
+                    batch.take_output_grads(part.outputs, grads, retain_graph=True)
+                    batch.end_of_pass()
         if calc_loss_grad:
             assert loss is not None
             loss.backward()
 
     # ---------------------------------------------------------------------------- reading the batch
+
+    def _as_rows(self, logits: Tensor, loss: Tensor | None) -> Tensor:
+        """Logits that were squeezed to a number are those of a single example.
+
+        Raises a ValueError for a number that is none, such as the loss.
+        """
+        if logits.ndim > 0:
+            return logits
+        sizes = leading_sizes([self._model_args, self._model_kwargs])
+        if logits is loss or (sizes is not None and sizes[0] != 1):
+            raise ValueError(
+                "The logits are a single number, but the batch is not a single example. If they "
+                "are another of the model's outputs, select them with setup_logits_repr."
+            )
+        return logits.reshape(1)
 
     def _declared_reduction(self) -> str | None:
         function = self._loss_fn
@@ -357,8 +392,10 @@ class WeightSharingFisherMaker(FisherMaker):
             )
         return reduction
 
-    def _positions(self, terms: LossTerms, batch: Batch) -> tuple[Tensor, int]:
-        """The position of every loss term within its example, and the number of positions."""
+    def _positions(self, batch: Batch) -> tuple[Tensor, int]:
+        """The position of every row of the logits within its example, and the number of
+        positions.
+        """
         readings = _readings(self._logits, batch)
         if len(readings) > 1:
             found = [batch.crosstalk(self._logits, example) for example, _ in readings]
@@ -368,12 +405,7 @@ class WeightSharingFisherMaker(FisherMaker):
             readings = readings[best:]
         example, position = readings[0]
         of_examples = position[example.flatten() < batch.num_examples]
-        num_positions = 1 + int(of_examples.max()) if len(of_examples) else 1
-        if num_positions == 1 and terms.num_rows == len(
-            position
-        ):  # a term of each example, whatever it is made of
-            return position, num_positions
-        return positions_of_terms(terms, self._logits, position), num_positions
+        return position, 1 + int(of_examples.max()) if len(of_examples) else 1
 
     def _record_requires_grad(self) -> None:
         blocks = (p for layer in self.plan.layers for p in parameters_of(layer.module))
@@ -637,7 +669,7 @@ def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFi
     if config.shared_dim is not None:
         return WeightSharingFisherMaker(model, config)
     for value in (config.fisher_type, config.loss_type):
-        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY):
+        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY, LOSS_AUTO):
             raise ValueError(
                 f"'{value}' needs shared_dim; without weight sharing 'reduce' and 'expand' are the "
                 "same, choose either."
