@@ -107,6 +107,7 @@ class WeightSharingFisherMaker(FisherMaker):
         TypeError, ValueError: the configuration is invalid.
     """
 
+    _logits: Any
     _loss_reduction = None  # the user's loss is evaluated as it is
 
     def __init__(self, model: nn.Module, config: FisherConfig) -> None:
@@ -229,14 +230,15 @@ class WeightSharingFisherMaker(FisherMaker):
             )
 
         has_data_size = data_size != _INVALID_DATA_SIZE
-        reading = self._read(loss, observations, has_data_size)
-        logits = self._logits = self._as_rows(logits, loss)
-        parts: list[Part] = []
-        if config.fisher_type in (FISHER_EXACT, FISHER_MC):
-            parts = reading.parts(config.var, of_loss=not has_data_size)
+        logits = self._as_rows(logits, loss)
         num_examples, positions = count_examples(
             plan, record, logits, self._model_args, self._model_kwargs
         )
+        reading = self._read(loss, observations, num_examples, has_data_size)
+        self._logits = logits
+        parts: list[Part] = []
+        if config.fisher_type in (FISHER_EXACT, FISHER_MC):
+            parts = reading.parts(config.var, of_loss=not has_data_size)
         plan.layouts.num_terms = reading.num_rows
         plan.decide(reading.num_rows, _num_logits_of_examples(positions, num_examples))
         if not has_data_size:
@@ -304,7 +306,13 @@ class WeightSharingFisherMaker(FisherMaker):
         self._loss, self._count = loss_and_count(super().call_loss())
         return self._loss
 
-    def _read(self, loss: Tensor | None, observations: list[Any], has_data_size: bool) -> Reading:
+    def _read(
+        self,
+        loss: Tensor | None,
+        observations: list[Any],
+        num_examples: int,
+        has_data_size: bool,
+    ) -> Reading:
         config = self.config
         has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
         return read_loss(
@@ -312,6 +320,7 @@ class WeightSharingFisherMaker(FisherMaker):
             observations,
             self._logits,
             None if self.is_fisher_emp else config.loss_type or LOSS_AUTO,
+            num_examples=num_examples if has_curvature else None,
             reduction=self._declared_reduction(),
             count=self._count,
             needs_scale=self.is_fisher_emp or (has_curvature and has_data_size),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .factors import accumulation_dtype, full_precision
 
-__all__ = ["depends_on_elements_alone", "row_hessians", "roots_of_positive_parts"]
+__all__ = ["depends_on_elements_alone", "roots_of_positive_parts", "row_hessians"]
 
 # The Hessians of all rows together have at most so many numbers: 1 GiB of double precision.
 _MAX_NUMEL = 1 << 27
@@ -91,7 +91,7 @@ class _HessianProduct:
 
 
 def _check_rows(product: _HessianProduct, hessians: Tensor, logits: Tensor) -> None:
-    """Raise a ValueError if the loss's Hessian is not made of the blocks of its rows, or is zero."""
+    """Raise a ValueError if the loss's Hessian has more than the blocks of its rows, or is zero."""
     vectors = _probe(hessians.shape[:2], logits)
     found, expected = product(vectors), (hessians @ vectors.to(hessians.dtype).unsqueeze(-1))
     size = torch.maximum(found.norm(), expected.norm())

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from asdl.grad_maker import LOSS_MSE
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
 
 from ._warn import warn
 from .likelihoods import LOSS_TYPES, likelihood_of
+from .loss_graph import LossGraph, places_of
 from .observe_loss import Observation
 from .output_grads import CallPart, HessianPart, Part
 from .own_hessian import depends_on_elements_alone, roots_of_positive_parts, row_hessians
@@ -96,6 +96,7 @@ def read_loss(
     logits: Tensor,
     loss_type: str | None,
     *,
+    num_examples: int | None = None,
     reduction: str | None = None,
     count: Tensor | float | None = None,
     needs_scale: bool = True,
@@ -107,6 +108,7 @@ def read_loss(
         observations: what :class:`~.observe_loss.LossObserver` saw.
         logits: the model's logits.
         loss_type: the type that the loss is said to have; ``None`` where it does not matter.
+        num_examples: N, where the terms themselves matter; ``None`` where only their scale does.
         reduction: what the loss function says of itself, for what is not read.
         count: how many terms the loss says that it averages over, for what is not read.
         needs_scale: whether κ is needed; if it has to be assumed, there is a warning.
@@ -120,7 +122,7 @@ def read_loss(
             raise ValueError("There is no loss to read the type from. Give a loss, or a loss_type.")
         terms = unread_terms(logits, logits.numel() // max(1, logits.shape[-1]))
         return _whole([(str(loss_type), terms)], loss, logits)
-    graph = _Graph(loss, observations, logits)
+    graph = LossGraph(loss, observations, logits, num_examples)
     if len(graph.used) > 1 and not graph.of_logits and not graph.has_rest:
         if loss_type is not None:
             raise ValueError(
@@ -131,7 +133,7 @@ def read_loss(
     calls = graph.of_logits or (graph.used if not graph.has_rest else [])
     _check_type(loss_type, calls)
     found = [(call.loss_type, observed_terms(loss, call, logits)) for call in calls]
-    if found and (not graph.has_rest or graph.rest_is_nothing(calls)):
+    if found and (not graph.has_rest or graph.is_all(calls)):
         return _whole(found, loss, logits)
     scale = _assumed_scale(loss, found, logits, reduction, count, needs_scale)
     rows = logits.numel() // max(1, logits.shape[-1] if logits.ndim > 1 else 1)
@@ -155,80 +157,6 @@ def _check_type(loss_type: str | None, calls: list[Observation]) -> None:
     raise ValueError(f"loss_type is '{loss_type}', but the loss is {read}. {remedy}.")
 
 
-# ----------------------------------------------------------------------------------- the whole of it
-
-
-class _Graph:
-    """The calls that the loss is computed from, and whether there is a way around them.
-
-    Attributes:
-        used: the calls that the loss depends on.
-        of_logits: those of them that are calls of the logits.
-        has_rest: whether the loss also depends on the logits in another way.
-    """
-
-    def __init__(self, loss: Tensor, observations: list[Observation], logits: Tensor) -> None:
-        self.loss, self.logits = loss, logits
-        self.of_logits: list[Observation] = []
-        self.used = observations
-        self.has_rest = False
-        is_call = len(observations) == 1 and observations[0].output is loss
-        if not is_call:
-            outputs = {call.output.grad_fn for call in observations}
-            met = _met(loss, outputs | {_node(logits)})
-            self.used = [call for call in observations if call.output.grad_fn in met]
-            self.has_rest = _node(logits) in met
-        for call in self.used:
-            if any(_node(logits) in _met(value, {_node(logits)}) for value in call.others):
-                self.has_rest = True  # its labels are computed from the logits
-            elif _is_of(call.input, logits):
-                self.of_logits.append(call)
-
-    def rest_is_nothing(self, calls: list[Observation]) -> bool:
-        """Whether the calls' gradients with respect to the logits add up to that of the loss."""
-        if not all(_node(self.logits) in _met(c.input, {_node(self.logits)}) for c in calls):
-            return False
-        (whole,) = torch.autograd.grad(self.loss, self.logits, retain_graph=True)
-        weights = torch.autograd.grad(self.loss, [c.output for c in calls], retain_graph=True)
-        inputs = torch.autograd.grad(
-            [c.output for c in calls], [c.input for c in calls], weights, retain_graph=True
-        )
-        (known,) = torch.autograd.grad(
-            [c.input for c in calls], self.logits, inputs, retain_graph=True
-        )
-        size = torch.maximum(whole.abs().max(), known.abs().max())
-        coarsest = max(torch.finfo(t.dtype).eps for t in (whole, *inputs))
-        return bool((whole - known).abs().max() <= 100 * coarsest * size)
-
-
-def _node(tensor: Tensor) -> Node | None:
-    return get_gradient_edge(tensor).node if tensor.requires_grad else None
-
-
-def _met(start: Tensor, stops: set[Node | None]) -> set[Node | None]:
-    """Those of the nodes that a backward pass from a tensor meets; it goes behind none of them."""
-    met: set[Node | None] = set()
-    seen: set[Node] = set()
-    stack = [_node(start)]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node in stops:
-            met.add(node)
-        else:
-            stack += [other for other, _ in node.next_functions]
-    return met
-
-
-def _is_of(x: Tensor, logits: Tensor) -> bool:
-    """Whether a call's input is made of the logits, or is another view of their memory."""
-    if x is logits or x.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
-        return True
-    return _node(logits) in _met(x, {_node(logits)})
-
-
 # ------------------------------------------------------------------------------------------- scales
 
 
@@ -237,7 +165,7 @@ def _whole(calls: list[tuple[str, LossTerms]], loss: Tensor | None, logits: Tens
     if len(calls) == 1:
         terms = calls[0][1]
         return Reading(calls, True, terms.sum_factor, terms.num_terms, terms.num_rows, loss, logits)
-    places = [_places(terms, logits) for _, terms in calls]
+    places = [places_of(terms.logits, logits) for _, terms in calls]
     # Calls of the same logits are one term with the sum of their weights, as those of mixup are.
     groups: list[tuple[Tensor, int, Tensor | float]] = []
     for place, (_, terms) in zip(places, calls, strict=True):
@@ -256,16 +184,6 @@ def _whole(calls: list[tuple[str, LossTerms]], loss: Tensor | None, logits: Tens
 
 def _rows(logits: Tensor) -> tuple[int, int]:
     return (-1, logits.shape[-1]) if logits.ndim > 1 else (-1, 1)
-
-
-def _places(terms: LossTerms, logits: Tensor) -> Tensor:
-    """Which of the logits the terms are made of."""
-    x = terms.logits
-    numbers = torch.arange(1, x.numel() + 1, device=x.device).sin().to(x.dtype).view_as(x)
-    found = None
-    if x.requires_grad:
-        (found,) = torch.autograd.grad(x, logits, numbers, retain_graph=True, allow_unused=True)
-    return torch.ones_like(logits, dtype=torch.bool) if found is None else found != 0
 
 
 def _assumed_scale(
