@@ -24,21 +24,24 @@ from ..weight_sharing.arrange import arrange
 from ..weight_sharing.batch import Batch
 from ..weight_sharing.blocks import LinearBlock
 from ..weight_sharing.capture import Captured, Layer
+from ..weight_sharing.count import count_examples
 from ..weight_sharing.errors import LayerError, layer_message
 from ..weight_sharing.fisher_maker import (
+    as_rows,
     check_captured,
     check_config,
     declared_reduction,
-    read_terms,
+    parts_of,
+    read,
     recording_of,
 )
 from ..weight_sharing.live import live_record
-from ..weight_sharing.operate import Estimate, exact_passes
+from ..weight_sharing.observe_loss import LossObserver
+from ..weight_sharing.operate import exact_passes
 from ..weight_sharing.operations import WeightSharingOperation, completed
 from ..weight_sharing.plan import Plan
-from ..weight_sharing.probe import counted
+from ..weight_sharing.probe import probed
 from ..weight_sharing.ragged import Ragged
-from ..weight_sharing.read_loss import LossObserver
 from ..weight_sharing.registry import find_operation
 
 __all__ = ["Comparison", "ExactBlock"]
@@ -284,10 +287,14 @@ class Comparison:
             return
         config, layers = self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        terms = read_terms(captured, config.fisher_type, config.loss_type)
-        count, evidence = counted(self.plan, layers, captured, terms)
-        self.plan.decide(terms.num_rows, count.num_logits_of_examples)
-        record = live_record(captured.record, layers, terms.logits, self.plan.layouts.without_batch)
+        captured = replace(captured, logits=as_rows(captured))
+        count = count_examples(layers, self.plan.layouts, captured)
+        reading = read(captured, config, count.num_examples, has_data_size=True)
+        parts = parts_of(reading, config, of_loss=False)
+        count, evidence = probed(self.plan, layers, captured, reading, count)
+        self.plan.decide(reading.num_rows, count.num_logits_of_examples)
+        outputs = parts[0].outputs if len(parts) == 1 else captured.logits
+        record = live_record(captured.record, layers, outputs, self.plan.layouts.without_batch)
         arranged = arrange(self.plan, layers, record, count, evidence)
         collectors = {module: _Collector(block) for module, block in self.blocks.items()}
         batch = Batch(
@@ -302,11 +309,10 @@ class Comparison:
         )
         captured = replace(captured, record=record)
         self.num_examples += count.num_examples
-        estimate = Estimate(config.fisher_type, config.loss_type, config.var)
         with factors.full_precision():
             batch.take_inputs()
-            self._add_gradients(batch, collectors, captured, float(terms.num_terms))
-            exact_passes(batch, captured, terms, count, estimate)
+            self._add_gradients(batch, collectors, captured, float(reading.num_terms))
+            exact_passes(batch, captured, parts, count)
         for module, reason in batch.unseen().items():
             self.blocks[module].unseen = reason
         for collector in collectors.values():

@@ -34,14 +34,17 @@ from .arrange import arrange
 from .batch import Batch
 from .capture import Captured, Record, recording
 from .commit import commit, commit_products, invert
-from .count import Count
-from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var
+from .count import Count, count_examples, leading_sizes
+from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
+from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
+from .output_grads import Part
 from .plan import Plan
 from .positions import take_positions
-from .probe import counted
-from .read_loss import LossObserver, LossTerms, read_loss
+from .probe import probed
+from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .torch_private import eagerly
 from .unseen import UnseenReport, check_any_called
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
@@ -93,10 +96,8 @@ def check_config(model: nn.Module, config: FisherConfig) -> None:
         raise ValueError(
             f"fisher_type has to be one of {', '.join(FISHER_TYPES)}, got {config.fisher_type!r}."
         )
-    if config.fisher_type != FISHER_EMP and config.loss_type not in LOSS_TYPES:
-        raise ValueError(
-            f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}."
-        )
+    if config.fisher_type != FISHER_EMP:
+        check_loss_type(config.loss_type)
     if config.n_mc_samples < 1:
         raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
     check_data_size(config.data_size)
@@ -130,13 +131,18 @@ class Step:
     fvp: bool = False
     vec: ParamVector | None = None
 
-    def scales(self, terms: LossTerms, count: Count, has_loss: bool) -> tuple[Any, Any]:
+    @property
+    def has_data_size(self) -> bool:
+        """Whether D was given."""
+        return self.data_size != _INVALID_DATA_SIZE
+
+    def scales(self, reading: Reading, count: Count) -> tuple[Any, Any]:
         """What A and B are multiplied with."""
-        if self.data_size != _INVALID_DATA_SIZE:
+        if self.has_data_size:
             return self.scale / self.data_size, self.scale / self.data_size
-        if not has_loss:
+        if reading.loss is None:
             raise ValueError("data_size is not specified, and there is no loss to tell it from.")
-        return self.scale / count.num_examples, self.scale / terms.num_terms
+        return self.scale / count.num_examples, self.scale / reading.sum_factor
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -162,6 +168,7 @@ class WeightSharingFisherMaker(FisherMaker):
         TypeError, ValueError: the configuration is invalid.
     """
 
+    _logits: Any
     _loss_reduction = None  # the user's loss is evaluated as it is
 
     def __init__(self, model: nn.Module, config: FisherConfig) -> None:
@@ -189,6 +196,7 @@ class WeightSharingFisherMaker(FisherMaker):
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
+        self._num_terms: Any = None
         self._unseen_report = UnseenReport(self.plan)
 
     @property
@@ -266,7 +274,7 @@ class WeightSharingFisherMaker(FisherMaker):
         with recording_of(self.plan) as record, watch:
             self.call_model()
         if has_loss:
-            with observer:
+            with observer, eagerly():  # a compiled loss hides the functions that it calls
                 loss = self.call_loss()
         return Captured(
             record,
@@ -275,7 +283,13 @@ class WeightSharingFisherMaker(FisherMaker):
             observer.observations,
             [self._model_args, self._model_kwargs],
             declared_reduction(self._loss_fn, self._loss_fn_kwargs),
+            self._num_terms if has_loss else None,
         )
+
+    def call_loss(self) -> Tensor:
+        """ASDL's, with the losses of AlgoPerf's workloads understood, too."""
+        self._loss, self._num_terms = loss_and_count(super().call_loss())
+        return self._loss
 
     def take(self, captured: Captured, step: Step) -> None:
         """Stages 2 to 6: the curvature of what was captured, and the gradient of its loss.
@@ -284,11 +298,14 @@ class WeightSharingFisherMaker(FisherMaker):
         """
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        terms = read_terms(captured, config.fisher_type, config.loss_type)
-        count, evidence = counted(plan, layers, captured, terms)
-        plan.decide(terms.num_rows, count.num_logits_of_examples)
-        scale_A, scale_B = step.scales(terms, count, captured.loss is not None)
-        record = self._live(captured, terms)
+        captured = replace(captured, logits=as_rows(captured))
+        count = count_examples(layers, plan.layouts, captured)
+        reading = read(captured, config, count.num_examples, step.has_data_size)
+        parts = parts_of(reading, config, of_loss=not step.has_data_size)
+        count, evidence = probed(plan, layers, captured, reading, count)
+        plan.decide(reading.num_rows, count.num_logits_of_examples)
+        scale_A, scale_B = step.scales(reading, count)
+        record = self._live(captured, parts)
         arranged = arrange(plan, layers, record, count, evidence)
         batch = Batch(
             self.model,
@@ -303,8 +320,10 @@ class WeightSharingFisherMaker(FisherMaker):
         )
         scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
         captured = replace(captured, record=record)
+        if self.is_fisher_emp:
+            scale_B = scale_B * reading.sum_factor**2
         operate(
-            batch, captured, terms, count, self._estimate(), scale_B, with_grad=step.calc_loss_grad
+            batch, captured, parts, count, self._estimate(), scale_B, with_grad=step.calc_loss_grad
         )
         self.unseen = batch.unseen()
         self._unseen_report.report(layers, record, self.unseen)
@@ -313,11 +332,14 @@ class WeightSharingFisherMaker(FisherMaker):
         else:
             decay = self.decay if step.accumulate else None
             commit(batch, self.unseen, config.fisher_attr, decay)
-        self.draws += 1
+        if not step.fvp:  # products are with one matrix, so its labels are those of one draw
+            self.draws += 1
         plan.note_absent(record.absent)
 
-    def _live(self, captured: Captured, terms: LossTerms) -> Record:
-        outputs = captured.loss if self.is_fisher_emp else terms.logits
+    def _live(self, captured: Captured, parts: list[Part]) -> Record:
+        outputs = captured.loss if self.is_fisher_emp else captured.logits
+        if len(parts) == 1:
+            outputs = parts[0].outputs
         assert outputs is not None
         return live_record(
             captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
@@ -327,8 +349,6 @@ class WeightSharingFisherMaker(FisherMaker):
         config = self.config
         return Estimate(
             config.fisher_type,
-            config.loss_type,
-            config.var,
             config.n_mc_samples,
             config.seed,
             self.draws,
@@ -344,24 +364,46 @@ def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> s
     return reduction
 
 
-def read_terms(captured: Captured, fisher_type: str, loss_type: str | None) -> LossTerms:
-    """Stage 2: what the loss is made of.
+def as_rows(captured: Captured) -> Tensor:
+    """The logits; those that were squeezed to a number are of a single example.
 
-    Raises a ValueError for a loss of another type, and for one without a Fisher of that type.
+    Raises a ValueError for a number that is none, such as the loss.
     """
-    terms = read_loss(
+    logits = captured.logits
+    if logits.ndim > 0:
+        return logits
+    sizes = leading_sizes(captured.inputs)
+    if logits is captured.loss or (sizes is not None and sizes[0] != 1):
+        raise ValueError(
+            "The logits are a single number, but the batch is not a single example. If they "
+            "are another of the model's outputs, select them with setup_logits_repr."
+        )
+    return logits.reshape(1)
+
+
+def read(
+    captured: Captured, config: FisherConfig, num_examples: int, has_data_size: bool
+) -> Reading:
+    """Stage 2: what the loss is made of. Raises a ValueError for a loss of another type."""
+    has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
+    is_emp = config.fisher_type == FISHER_EMP
+    return read_loss(
         captured.loss,
         list(captured.observations),
         captured.logits,
-        None if fisher_type == FISHER_EMP else loss_type,
-        captured.reduction,
+        None if is_emp else config.loss_type or LOSS_AUTO,
+        num_examples=num_examples if has_curvature else None,
+        reduction=captured.reduction,
+        count=captured.num_terms,
+        needs_scale=is_emp or (has_curvature and has_data_size),
     )
-    if terms.has_negative and fisher_type in (FISHER_EXACT, FISHER_MC):
-        raise ValueError(
-            "The loss weighs terms negatively, as advantages do, so its curvature need not be "
-            "positive. Use fisher_type='fisher_emp', the second moment of its gradients."
-        )
-    return terms
+
+
+def parts_of(reading: Reading, config: FisherConfig, of_loss: bool) -> list[Part]:
+    """What is back-propagated for the curvature; none for a type that needs no labels' noise."""
+    if config.fisher_type not in (FISHER_EXACT, FISHER_MC):
+        return []
+    return reading.parts(config.var, of_loss)
 
 
 @contextlib.contextmanager
@@ -403,7 +445,7 @@ def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFi
     if config.shared_dim is not None:
         return WeightSharingFisherMaker(model, config)
     for value in (config.fisher_type, config.loss_type):
-        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY):
+        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY, LOSS_AUTO):
             raise ValueError(
                 f"'{value}' needs shared_dim; without weight sharing 'reduce' and 'expand' are the "
                 "same, choose either."
