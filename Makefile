@@ -5,10 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test quick matrix lint upstream
+.PHONY: demo docs test quick matrix lint upstream
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/vit_digits.py
+	$(BIN)/python benchmarks/demo.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
@@ -20,6 +20,11 @@ quick: $(INSTALLED)
 # The quick tests with the oldest and the newest PyTorch, and both releases of ASDL that are known. Downloads them.
 matrix: $(INSTALLED)
 	$(BIN)/python .ci/matrix.py
+
+# The documentation, into build/site. The variable silences an advertisement of the theme's.
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The patch series for ASDL: applied to the wheel patch by patch, tested, and the plugin's suite run against the result.
 upstream: $(INSTALLED)

@@ -652,6 +652,14 @@ def report_to_print() -> Report:
     return inspect(model, torch.randn(N, R, E))
 
 
+def test_str_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch):
+    """There rich shows what it prints by itself, whatever file it is given."""
+    report = asdl_ws_plugin.inspect(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
+    expected = str(report)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(report) == expected and "Linear" in expected
+
+
 def test_prints_with_rich_and_without(monkeypatch: pytest.MonkeyPatch):
     report = report_to_print()
     console = Console(record=True, width=150)
