@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "diagnostics": {"weight_sharing", "conversion", "diagnostics", "makers"},
     "upstream": {"weight_sharing", "makers", "upstream"},
     "operations": {"weight_sharing"},
+    "kronecker": {"weight_sharing"},
     "laplace": set[str](),
 }
 
