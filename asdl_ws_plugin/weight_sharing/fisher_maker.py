@@ -4,8 +4,8 @@
 stage      file                    what it returns
 =========  ======================  ================================================================
 capture    :mod:`~.capture`        what every layer saw, the logits and the loss
-count      :mod:`~.count`          N, and whose row is whose
 read       :mod:`~.reading`        the terms of the loss and how it is made of them
+count      :mod:`~.count`          N, and whose row is whose
 arrange    :mod:`~.arrange`        how the layers' tensors become ``(N, R, P)``
 operate    :mod:`~.operate`        the layers' matrices
 commit     :mod:`~.commit`         the modules' ``fisher``
@@ -18,7 +18,8 @@ anywhere leaves nothing.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,14 +32,16 @@ from torch import Tensor, nn
 
 from .arrange import arrange
 from .batch import Batch
-from .capture import Captured, recording
+from .capture import Captured, Record, recording
 from .commit import commit, commit_products, invert
 from .count import Count, count_examples, leading_sizes
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
+from .live import live_record
 from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .positions import take_positions
+from .probe import counted
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
 from .torch_private import eagerly
 from .unseen import UnseenReport, check_any_called
@@ -195,10 +198,12 @@ class WeightSharingFisherMaker(FisherMaker):
 
     @property
     def is_fisher_emp(self) -> bool:
+        """Whether labels are those of the data."""
         return self.config.fisher_type == FISHER_EMP
 
     @property
     def do_local_accumulate(self) -> bool:
+        """Always: the factors of all calls are added up before the inverse, as upstream asks."""
         return True
 
     # ------------------------------------------------------------------------------------ one batch
@@ -263,8 +268,7 @@ class WeightSharingFisherMaker(FisherMaker):
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
         # A loss given by its representation may have been computed inside of the model.
         watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
-        said = take_positions(self.model)
-        with recording(self.plan.layers, self.plan.check_call, positions=said) as record, watch:
+        with recording_of(self.plan) as record, watch:
             self.call_model()
         if has_loss:
             with observer, eagerly():  # a compiled loss hides the functions that it calls
@@ -292,16 +296,17 @@ class WeightSharingFisherMaker(FisherMaker):
         """
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        count = count_examples(layers, plan.layouts, captured)
-        reading = read(captured, count, config, step.has_data_size)
+        reading = read(captured, plan, config, step.has_data_size)
+        count, evidence = counted(plan, layers, captured, reading.source)
         plan.decide(reading.num_rows, count.num_logits_of_examples)
         scale_A, scale_B = step.scales(reading, count, captured.loss is not None)
-        arranged = arrange(plan, layers, captured.record, count)
+        record = self._live(captured, reading)
+        arranged = arrange(plan, layers, record, count, evidence)
         batch = Batch(
             self.model,
             plan,
             layers,
-            captured.record,
+            record,
             arranged,
             count.num_examples,
             scale_A,
@@ -309,6 +314,7 @@ class WeightSharingFisherMaker(FisherMaker):
             step.vec,
         )
         scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
+        captured = replace(captured, record=record)
         operate(
             batch,
             captured,
@@ -319,7 +325,7 @@ class WeightSharingFisherMaker(FisherMaker):
             with_grad=step.calc_loss_grad,
         )
         self.unseen = batch.unseen()
-        self._unseen_report.report(layers, captured.record, self.unseen)
+        self._unseen_report.report(layers, record, self.unseen)
         if step.fvp:
             commit_products(batch, self.unseen, config.fvp_attr)
         else:
@@ -327,6 +333,14 @@ class WeightSharingFisherMaker(FisherMaker):
             commit(batch, self.unseen, config.fisher_attr, decay)
         if not step.fvp:  # products are with one matrix, so its labels are those of one draw
             self.draws += 1
+        plan.note_absent(record.absent)
+
+    def _live(self, captured: Captured, reading: Reading) -> Record:
+        outputs = captured.loss if self.is_fisher_emp else reading.source.logits
+        assert outputs is not None
+        return live_record(
+            captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
+        )
 
     def _estimate(self) -> Estimate:
         config = self.config
@@ -348,25 +362,40 @@ def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> s
 
 
 def read(
-    captured: Captured, count: Count, config: FisherConfig, has_data_size: bool = False
+    captured: Captured, plan: Plan, config: FisherConfig, has_data_size: bool = False
 ) -> Reading:
-    """Stage 3: what the loss is made of, and what is back-propagated for its curvature.
+    """Stage 2: what the loss is made of, and what is back-propagated for its curvature.
 
     Raises a ValueError for a loss of another type, and for one without a Fisher of that type.
     """
     has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
     is_emp = config.fisher_type == FISHER_EMP
+    num_examples = None
+    if has_curvature:
+        num_examples = count_examples(plan.layers, plan.layouts, captured).num_examples
     reading = read_loss(
         captured.loss,
         list(captured.observations),
         captured.logits,
         None if is_emp else config.loss_type or LOSS_AUTO,
-        num_examples=count.num_examples if has_curvature else None,
+        num_examples=num_examples,
         reduction=captured.reduction,
         count=captured.num_terms,
         needs_scale=is_emp or (has_curvature and has_data_size),
     )
     return reading.with_parts(config.var, of_loss=not has_data_size) if has_curvature else reading
+
+
+@contextlib.contextmanager
+def recording_of(plan: Plan) -> Iterator[Record]:
+    """Record a forward pass of the plan's model while the context is open.
+
+    The first batch's is also followed from the model's arguments on.
+    """
+    said = take_positions(plan.model)
+    traced = None if plan.layouts.is_probed else plan.model
+    with recording(plan.layers, plan.check_call, positions=said, traced=traced) as record:
+        yield record
 
 
 def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:

@@ -60,6 +60,13 @@ class Reading:
     logits: Tensor
     parts: list[Part] = field(default_factory=list)
 
+    @property
+    def source(self) -> LossTerms:
+        """The terms of the one call that the loss is, or else all rows of the logits."""
+        if self.is_whole and len(self.calls) == 1:
+            return self.calls[0][1]
+        return unread_terms(self.logits, self.sum_factor)
+
     def with_parts(self, var: Any, of_loss: bool) -> Reading:
         """The same, with what is back-propagated for the curvature of the summed loss.
 
