@@ -132,6 +132,7 @@ class Step:
 
     @property
     def has_data_size(self) -> bool:
+        """Whether the examples that the curvature is averaged over were counted by the user."""
         return self.data_size != _INVALID_DATA_SIZE
 
     def scales(self, reading: Reading, count: Count, has_loss: bool) -> tuple[Any, Any]:
