@@ -102,7 +102,7 @@ class Upstream(natural_gradient.NaturalGradientMaker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if is_native():  # its constructor knows the keyword
-            super().__init__(*args, shared_dim=self._shared_dim, **kwargs)
+            super().__init__(*args, **{**kwargs, "shared_dim": self._shared_dim})
             return
         init = _with_globals(
             natural_gradient.NaturalGradientMaker.__init__,

@@ -31,12 +31,11 @@ from ..weight_sharing.fisher_maker import (
     check_captured,
     check_config,
     declared_reduction,
-    parts_of,
     read,
     recording_of,
 )
 from ..weight_sharing.live import live_record
-from ..weight_sharing.observe_loss import LossObserver
+from ..weight_sharing.observe_loss import LossObserver, loss_and_count
 from ..weight_sharing.operate import exact_passes
 from ..weight_sharing.operations import WeightSharingOperation, completed
 from ..weight_sharing.plan import Plan
@@ -287,13 +286,10 @@ class Comparison:
             return
         config, layers = self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        captured = replace(captured, logits=as_rows(captured))
-        count = count_examples(layers, self.plan.layouts, captured)
-        reading = read(captured, config, count.num_examples, has_data_size=True)
-        parts = parts_of(reading, config, of_loss=False)
-        count, evidence = probed(self.plan, layers, captured, reading, count)
+        reading = read(captured, self.plan, config, has_data_size=True)
+        count, evidence = counted(self.plan, layers, captured, reading.source)
         self.plan.decide(reading.num_rows, count.num_logits_of_examples)
-        outputs = parts[0].outputs if len(parts) == 1 else captured.logits
+        outputs = reading.source.logits
         record = live_record(captured.record, layers, outputs, self.plan.layouts.without_batch)
         arranged = arrange(self.plan, layers, record, count, evidence)
         collectors = {module: _Collector(block) for module, block in self.blocks.items()}
@@ -312,7 +308,7 @@ class Comparison:
         with factors.full_precision():
             batch.take_inputs()
             self._add_gradients(batch, collectors, captured, float(reading.num_terms))
-            exact_passes(batch, captured, parts, count)
+            exact_passes(batch, captured, reading, count)
         for module, reason in batch.unseen().items():
             self.blocks[module].unseen = reason
         for collector in collectors.values():
@@ -324,7 +320,7 @@ class Comparison:
         with recording_of(self.plan) as record:
             output = logits(self.model(*args, **kwargs))
         with LossObserver() as observer:
-            value = loss(output, targets)
+            value, num_terms = loss_and_count(loss(output, targets))
         if not record.calls:
             for layer in self.plan.layers:
                 no_graph = layer.module in record.without_graph
@@ -333,7 +329,13 @@ class Comparison:
                 )
         first = output[0] if isinstance(output, (tuple, list)) else output
         return Captured(
-            record, first, value, observer.observations, [args, kwargs], declared_reduction(loss)
+            record,
+            first,
+            value,
+            observer.observations,
+            [args, kwargs],
+            declared_reduction(loss),
+            num_terms,
         )
 
     def _add_gradients(

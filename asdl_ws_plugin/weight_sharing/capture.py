@@ -120,7 +120,7 @@ class Captured:
         observations: the calls of PyTorch's loss functions that were seen.
         inputs: the model's arguments, in a nest of containers.
         reduction: what the loss function says of itself.
-        num_terms: how many terms the loss says that it averages over, as AlgoPerf's do.
+        num_terms: how many terms the loss says that it averages over.
     """
 
     record: Record

@@ -4,7 +4,7 @@
 stage      file                    what it returns
 =========  ======================  ================================================================
 capture    :mod:`~.capture`        what every layer saw, the logits and the loss
-read       :mod:`~.read_loss`      the terms of the loss and how it is made of them
+read       :mod:`~.reading`        the terms of the loss and how it is made of them
 count      :mod:`~.count`          N, and whose row is whose
 arrange    :mod:`~.arrange`        how the layers' tensors become ``(N, R, P)``
 operate    :mod:`~.operate`        the layers' matrices
@@ -42,7 +42,7 @@ from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .output_grads import Part
 from .plan import Plan
 from .positions import take_positions
-from .probe import probed
+from .probe import counted
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
 from .torch_private import eagerly
 from .unseen import UnseenReport, check_any_called
@@ -133,10 +133,10 @@ class Step:
 
     @property
     def has_data_size(self) -> bool:
-        """Whether D was given."""
+        """Whether the examples that the curvature is averaged over were counted by the user."""
         return self.data_size != _INVALID_DATA_SIZE
 
-    def scales(self, reading: Reading, count: Count) -> tuple[Any, Any]:
+    def scales(self, reading: Reading, count: Count, has_loss: bool) -> tuple[Any, Any]:
         """What A and B are multiplied with."""
         if self.has_data_size:
             return self.scale / self.data_size, self.scale / self.data_size
@@ -168,7 +168,6 @@ class WeightSharingFisherMaker(FisherMaker):
         TypeError, ValueError: the configuration is invalid.
     """
 
-    _logits: Any
     _loss_reduction = None  # the user's loss is evaluated as it is
 
     def __init__(self, model: nn.Module, config: FisherConfig) -> None:
@@ -193,10 +192,10 @@ class WeightSharingFisherMaker(FisherMaker):
             )
         self.unseen: dict[nn.Module, str] = {}
         self.draws = 0
+        self._num_terms: Any = None  # how many terms the last loss says that it averages over
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
-        self._num_terms: Any = None
         self._unseen_report = UnseenReport(self.plan)
 
     @property
@@ -267,7 +266,7 @@ class WeightSharingFisherMaker(FisherMaker):
     def capture(self) -> Captured:
         """Stage 1: call the model and the loss."""
         self.plan.check_still_complete()
-        loss, observer = None, LossObserver()
+        loss, num_terms, observer = None, None, LossObserver()
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
         # A loss given by its representation may have been computed inside of the model.
         watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
@@ -276,6 +275,7 @@ class WeightSharingFisherMaker(FisherMaker):
         if has_loss:
             with observer, eagerly():  # a compiled loss hides the functions that it calls
                 loss = self.call_loss()
+            num_terms = self._num_terms
         return Captured(
             record,
             self._logits,
@@ -283,7 +283,7 @@ class WeightSharingFisherMaker(FisherMaker):
             observer.observations,
             [self._model_args, self._model_kwargs],
             declared_reduction(self._loss_fn, self._loss_fn_kwargs),
-            self._num_terms if has_loss else None,
+            num_terms,
         )
 
     def call_loss(self) -> Tensor:
@@ -298,14 +298,11 @@ class WeightSharingFisherMaker(FisherMaker):
         """
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        captured = replace(captured, logits=as_rows(captured))
-        count = count_examples(layers, plan.layouts, captured)
-        reading = read(captured, config, count.num_examples, step.has_data_size)
-        parts = parts_of(reading, config, of_loss=not step.has_data_size)
-        count, evidence = probed(plan, layers, captured, reading, count)
+        reading = read(captured, plan, config, step.has_data_size)
+        count, evidence = counted(plan, layers, captured, reading.source)
         plan.decide(reading.num_rows, count.num_logits_of_examples)
-        scale_A, scale_B = step.scales(reading, count)
-        record = self._live(captured, parts)
+        scale_A, scale_B = step.scales(reading, count, captured.loss is not None)
+        record = self._live(captured, reading)
         arranged = arrange(plan, layers, record, count, evidence)
         batch = Batch(
             self.model,
@@ -323,7 +320,13 @@ class WeightSharingFisherMaker(FisherMaker):
         if self.is_fisher_emp:
             scale_B = scale_B * reading.sum_factor**2
         operate(
-            batch, captured, parts, count, self._estimate(), scale_B, with_grad=step.calc_loss_grad
+            batch,
+            captured,
+            reading,
+            count,
+            self._estimate(),
+            scale_B,
+            with_grad=step.calc_loss_grad,
         )
         self.unseen = batch.unseen()
         self._unseen_report.report(layers, record, self.unseen)
@@ -336,10 +339,8 @@ class WeightSharingFisherMaker(FisherMaker):
             self.draws += 1
         plan.note_absent(record.absent)
 
-    def _live(self, captured: Captured, parts: list[Part]) -> Record:
-        outputs = captured.loss if self.is_fisher_emp else captured.logits
-        if len(parts) == 1:
-            outputs = parts[0].outputs
+    def _live(self, captured: Captured, reading: Reading) -> Record:
+        outputs = captured.loss if self.is_fisher_emp else reading.source.logits
         assert outputs is not None
         return live_record(
             captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
@@ -364,46 +365,29 @@ def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> s
     return reduction
 
 
-def as_rows(captured: Captured) -> Tensor:
-    """The logits; those that were squeezed to a number are of a single example.
+def read(
+    captured: Captured, plan: Plan, config: FisherConfig, has_data_size: bool = False
+) -> Reading:
+    """Stage 2: what the loss is made of, and what is back-propagated for its curvature.
 
     Raises a ValueError for a number that is none, such as the loss.
     """
-    logits = captured.logits
-    if logits.ndim > 0:
-        return logits
-    sizes = leading_sizes(captured.inputs)
-    if logits is captured.loss or (sizes is not None and sizes[0] != 1):
-        raise ValueError(
-            "The logits are a single number, but the batch is not a single example. If they "
-            "are another of the model's outputs, select them with setup_logits_repr."
-        )
-    return logits.reshape(1)
-
-
-def read(
-    captured: Captured, config: FisherConfig, num_examples: int, has_data_size: bool
-) -> Reading:
-    """Stage 2: what the loss is made of. Raises a ValueError for a loss of another type."""
     has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
     is_emp = config.fisher_type == FISHER_EMP
-    return read_loss(
+    num_examples = None
+    if has_curvature:
+        num_examples = count_examples(plan.layers, plan.layouts, captured).num_examples
+    reading = read_loss(
         captured.loss,
         list(captured.observations),
         captured.logits,
         None if is_emp else config.loss_type or LOSS_AUTO,
-        num_examples=num_examples if has_curvature else None,
+        num_examples=num_examples,
         reduction=captured.reduction,
         count=captured.num_terms,
         needs_scale=is_emp or (has_curvature and has_data_size),
     )
-
-
-def parts_of(reading: Reading, config: FisherConfig, of_loss: bool) -> list[Part]:
-    """What is back-propagated for the curvature; none for a type that needs no labels' noise."""
-    if config.fisher_type not in (FISHER_EXACT, FISHER_MC):
-        return []
-    return reading.parts(config.var, of_loss)
+    return reading.with_parts(config.var, of_loss=not has_data_size) if has_curvature else reading
 
 
 @contextlib.contextmanager
@@ -427,6 +411,12 @@ def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:
             "setup_logits_repr."
         )
     check_batch(logits, captured.loss)
+    sizes = leading_sizes(captured.inputs)
+    if logits.ndim == 0 and (logits is captured.loss or (sizes is not None and sizes[0] != 1)):
+        raise ValueError(
+            "The logits are a single number, but the batch is not a single example. If they are "
+            "another of the model's outputs, select them with setup_logits_repr."
+        )
     check_any_called(plan.layers, captured.record)
     if not logits.requires_grad and fisher_type in (FISHER_EXACT, FISHER_MC):
         raise RuntimeError(

@@ -58,6 +58,7 @@ class Observation:
 
     @property
     def input(self) -> Tensor:
+        """The logits."""
         return self.arguments["input"]
 
     @property

@@ -18,8 +18,9 @@ from .batch import Batch
 from .capture import Captured
 from .count import Count
 from .factors import full_precision
-from .output_grads import Part, sample_of
-from .place import place_rows
+from .output_grads import sample_of
+from .place import place_rows, positions_of_part
+from .reading import Reading
 
 __all__ = ["FISHER_FORWARD_ONLY", "FISHER_TYPES", "Estimate", "exact_passes", "operate"]
 
@@ -58,7 +59,7 @@ class Estimate:
 def operate(
     batch: Batch,
     captured: Captured,
-    parts: Sequence[Part],
+    reading: Reading,
     count: Count,
     estimate: Estimate,
     scale_B: Any,
@@ -73,15 +74,15 @@ def operate(
     batch.take_inputs()
     if estimate.fisher_type == FISHER_EMP:
         assert captured.loss is not None
-        _empirical_pass(batch, captured.loss, scale_B, with_grad)
+        _empirical_pass(batch, captured.loss, scale_B * reading.sum_factor**2, with_grad)
         return
     batch.scale = scale_B
     if estimate.fisher_type == FISHER_FORWARD_ONLY:
         batch.take_identity()
     elif estimate.fisher_type == FISHER_MC:
-        _sampled_passes(batch, parts, estimate, keep_graph=with_grad)
+        _sampled_passes(batch, reading, estimate, keep_graph=with_grad)
     else:
-        exact_passes(batch, captured, parts, count)
+        exact_passes(batch, captured, reading, count)
     if with_grad:
         assert captured.loss is not None
         captured.loss.backward()
@@ -98,26 +99,22 @@ def _empirical_pass(batch: Batch, loss: Tensor, scale: Any, with_grad: bool) -> 
     batch.end_of_pass()
 
 
-def _sampled_passes(
-    batch: Batch, parts: Sequence[Part], estimate: Estimate, keep_graph: bool
-) -> None:
+def _sampled_passes(batch: Batch, reading: Reading, estimate: Estimate, keep_graph: bool) -> None:
     """One pass for each sample of labels."""
-    generator = estimate.generator(parts[0].outputs.device)
+    generator = estimate.generator(reading.logits.device)
     batch.scale = batch.scale / estimate.num_samples
     for i in range(estimate.num_samples):
-        outputs, grads = sample_of(list(parts), generator)
+        outputs, grads = sample_of(reading.parts, generator)
         is_last = i == estimate.num_samples - 1
         batch.take_output_grads(outputs, grads, retain_graph=keep_graph or not is_last)
         batch.end_of_pass()
 
 
-def exact_passes(batch: Batch, captured: Captured, parts: Sequence[Part], count: Count) -> None:
-    """One pass for each part of the loss, class and position; the graph is left as it is."""
-    position, num_positions = place_rows(captured, count, batch.layers, batch.arranged)
-    for part in parts:
-        of_terms = position
-        if num_positions > 1 or part.num_rows != len(position):
-            of_terms = part.positions(captured.logits, position)
-        for grads in part.columns_by_position(of_terms, num_positions):
+def exact_passes(batch: Batch, captured: Captured, reading: Reading, count: Count) -> None:
+    """One pass for each class and position; the graph is left as it is."""
+    rows, num_positions = place_rows(captured, count, batch.layers, batch.arranged)
+    for part in reading.parts:
+        position = positions_of_part(part, captured.logits, rows, num_positions)
+        for grads in part.columns_by_position(position, num_positions):
             batch.take_output_grads(part.outputs, grads, retain_graph=True)
             batch.end_of_pass()

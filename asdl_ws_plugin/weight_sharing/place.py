@@ -15,10 +15,11 @@ from .arrange import Arranged
 from .capture import Captured, Layer
 from .count import Count, row_sizes
 from .layout import fits
+from .output_grads import Part
 from .ragged import Segments
 from .rules import SEQUENCE_FIRST
 
-__all__ = ["place_rows", "readings"]
+__all__ = ["place_rows", "positions_of_part", "readings"]
 
 
 def place_rows(
@@ -41,6 +42,16 @@ def place_rows(
     example, position = found[0]
     of_examples = position[example.flatten() < count.num_examples]
     return position, 1 + int(of_examples.max()) if len(of_examples) else 1
+
+
+def positions_of_part(part: Part, logits: Tensor, position: Tensor, num_positions: int) -> Tensor:
+    """The position of every term of a part of the loss, given those of the rows of the logits.
+
+    Raises a ValueError if the terms are not rows of the logits.
+    """
+    if num_positions == 1 and part.num_rows == len(position):
+        return position  # a term of each example, whatever it is made of
+    return part.positions(logits, position)
 
 
 def readings(logits: Tensor, count: Count) -> list[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ calls of other tensors than the logits       left out, unless it is the only cal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Reading:
         num_terms: T, the number of rows that the loss averages over; 1 for a sum.
         num_rows: how many rows of the logits have a term.
         loss, logits: as they were read.
+        parts: what is back-propagated, once it is made.
     """
 
     calls: list[tuple[str, LossTerms]]
@@ -57,9 +58,17 @@ class Reading:
     num_rows: int
     loss: Tensor | None
     logits: Tensor
+    parts: list[Part] = field(default_factory=list)
 
-    def parts(self, var: Any, of_loss: bool) -> list[Part]:
-        """What is back-propagated for the curvature of the summed loss.
+    @property
+    def source(self) -> LossTerms:
+        """The terms of the one call that the loss is, or else all rows of the logits."""
+        if self.is_whole and len(self.calls) == 1:
+            return self.calls[0][1]
+        return unread_terms(self.logits, self.sum_factor)
+
+    def with_parts(self, var: Any, of_loss: bool) -> Reading:
+        """The same, with what is back-propagated for the curvature of the summed loss.
 
         Args:
             var: of the Gaussian likelihood.
@@ -76,7 +85,7 @@ class Reading:
                     "is not read as calls of it. Leave var out; the loss's own scale counts."
                 )
             roots = roots_of_positive_parts(row_hessians(self.loss, self.logits))
-            return [HessianPart(self.logits, roots, self.sum_factor)]
+            return replace(self, parts=[HessianPart(self.logits, roots, self.sum_factor)])
         if any(terms.has_negative for _, terms in self.calls):
             raise ValueError(
                 "The loss weighs terms negatively, as advantages do, so its curvature need not be "
@@ -87,7 +96,7 @@ class Reading:
             factor = 1.0 if len(self.calls) == 1 else self.sum_factor / terms.sum_factor
             factor = factor * 2 if of_loss and loss_type == LOSS_MSE else factor
             found.append(CallPart(terms, likelihood_of(loss_type, var), factor))
-        return found
+        return replace(self, parts=found)
 
 
 def read_loss(
