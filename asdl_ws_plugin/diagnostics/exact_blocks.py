@@ -24,10 +24,8 @@ from ..weight_sharing.arrange import arrange
 from ..weight_sharing.batch import Batch
 from ..weight_sharing.blocks import LinearBlock
 from ..weight_sharing.capture import Captured, Layer
-from ..weight_sharing.count import count_examples
 from ..weight_sharing.errors import LayerError, layer_message
 from ..weight_sharing.fisher_maker import (
-    as_rows,
     check_captured,
     check_config,
     declared_reduction,
@@ -39,7 +37,7 @@ from ..weight_sharing.observe_loss import LossObserver, loss_and_count
 from ..weight_sharing.operate import exact_passes
 from ..weight_sharing.operations import WeightSharingOperation, completed
 from ..weight_sharing.plan import Plan
-from ..weight_sharing.probe import probed
+from ..weight_sharing.probe import counted
 from ..weight_sharing.ragged import Ragged
 from ..weight_sharing.registry import find_operation
 

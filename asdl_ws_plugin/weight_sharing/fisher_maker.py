@@ -39,7 +39,6 @@ from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
 from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
-from .output_grads import Part
 from .plan import Plan
 from .positions import take_positions
 from .probe import counted
@@ -140,7 +139,7 @@ class Step:
         """What A and B are multiplied with."""
         if self.has_data_size:
             return self.scale / self.data_size, self.scale / self.data_size
-        if reading.loss is None:
+        if not has_loss:
             raise ValueError("data_size is not specified, and there is no loss to tell it from.")
         return self.scale / count.num_examples, self.scale / reading.sum_factor
 
@@ -317,8 +316,6 @@ class WeightSharingFisherMaker(FisherMaker):
         )
         scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
         captured = replace(captured, record=record)
-        if self.is_fisher_emp:
-            scale_B = scale_B * reading.sum_factor**2
         operate(
             batch,
             captured,
@@ -370,7 +367,7 @@ def read(
 ) -> Reading:
     """Stage 2: what the loss is made of, and what is back-propagated for its curvature.
 
-    Raises a ValueError for a number that is none, such as the loss.
+    Raises a ValueError for a loss of another type, and for one without a Fisher of that type.
     """
     has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
     is_emp = config.fisher_type == FISHER_EMP

@@ -6,7 +6,6 @@ drawn, or the columns of the loss Hessian's root.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

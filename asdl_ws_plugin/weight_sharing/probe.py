@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from .arrange import frame
 from .arrangement import Arrangement
 from .capture import Call, Captured, Layer, last_nodes
-from .count import Count
+from .count import Count, count_examples
 from .evidence import Touched
 from .layout import fits
 from .plan import Plan
-from .reading import Reading
+from .read_loss import LossTerms
 from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
 
-__all__ = ["probe", "probed"]
+__all__ = ["counted", "probe"]
 
 _MOST_PROBES = 3  # a model's head may be initialised with zeros, through which nothing is seen
 
@@ -40,7 +40,7 @@ def probe(
     plan: Plan,
     layers: Sequence[Layer],
     captured: Captured,
-    reading: Reading,
+    terms: LossTerms,
     layout: str | None = None,
 ) -> dict[Key, Touched]:
     """What the logits of examples touch, for each call of each layer that they do.
@@ -57,12 +57,14 @@ def probe(
             calls.append((key, call))
             frames[key] = frame(plan, layer, call, 1)
     logits = captured.logits
-    if not (calls and logits.requires_grad):
+    if not (calls and logits.requires_grad and terms.logits.requires_grad):
         return {}
-    terms = _all_terms(reading)
+    weights = _noise(terms.logits)
+    if terms.weight is not None:
+        weights = weights * (terms.weight != 0)
     by_call = dict(calls)
     passes = [
-        _touched(terms, None, calls, by_call, frames),
+        _touched(terms.logits, weights, calls, by_call, frames),
         _touched(logits, _of_example(logits, 0, layout), calls, by_call, frames),
         _touched(logits, _of_example(logits, -1, layout), calls, by_call, frames),
     ]
@@ -73,39 +75,20 @@ def probe(
     }
 
 
-def _all_terms(reading: Reading) -> Tensor:
-    """The sum of all terms of the loss, each with some weight; those that it leaves out have
-    none.
-    """
-    with torch.enable_grad():
-        sums = []
-        for _, terms in reading.calls:
-            weights = _noise(terms.logits)
-            if terms.weight is not None:
-                weights = weights * (terms.weight != 0)
-            sums.append((terms.logits * weights).sum())
-        if not reading.is_whole:
-            logits, loss = reading.logits, reading.loss
-            assert loss is not None
-            (grad,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
-            weights = _noise(logits)
-            sums.append((logits * (weights if grad is None else weights * (grad != 0))).sum())
-        return sums[0] if len(sums) == 1 else torch.stack([s.to(sums[0].dtype) for s in sums]).sum()
-
-
-def probed(
-    plan: Plan, layers: Sequence[Layer], captured: Captured, reading: Reading, count: Count
+def counted(
+    plan: Plan, layers: Sequence[Layer], captured: Captured, terms: LossTerms
 ) -> tuple[Count, dict[Key, Touched]]:
     """Stage 3 with the graph's help: N and whose row is whose; and what a probe saw, if this batch
     is probed. What holds for later batches is kept in the plan.
     """
     book = plan.layouts
+    count = count_examples(list(layers), book, captured)
     if book.is_probed or count.num_examples == 1:
         return count, {}
-    evidence = probe(plan, layers, captured, reading)
+    evidence = probe(plan, layers, captured, terms)
     layout = _layout_of_logits(captured.logits, evidence, count.num_examples)
     if layout is not None:
-        evidence = probe(plan, layers, captured, reading, layout)
+        evidence = probe(plan, layers, captured, terms, layout)
     count = _checked_count(plan, layers, captured, evidence, count)
     book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
     book.num_probes += 1
@@ -209,7 +192,7 @@ def _of_example(logits: Tensor, which: int, layout: str | None) -> Tensor:
 
 def _touched(
     outputs: Tensor,
-    cotangent: Tensor | None,
+    cotangent: Tensor,
     calls: Sequence[tuple[Key, Call]],
     by_call: Mapping[Key, Call],
     frames: Mapping[Key, Arrangement],
