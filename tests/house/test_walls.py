@@ -128,6 +128,7 @@ LARGE = {
     "_Builder",
     "_choose",
     "_precondition_module",
+    "_parser",
     "_pyg_classes",
     "approximation_error",
     "convert",
