@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..weight_sharing.names import qualified_name
 from ..weight_sharing.rules import matches_any
-from ..weight_sharing.torch_private import has_own_hooks
+from ..weight_sharing.torch_private import has_own_hooks, unwrapped
 
 __all__ = ["Converter", "Site", "convert", "register_converter", "revert"]
 
@@ -333,6 +333,7 @@ def _find(module: nn.Module) -> Iterator[tuple[tuple[str, str], Converter]]:
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
     """Every module once, with its first name and the parent it has there."""
+    model = unwrapped(model)
     for name, module in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0]) if name else None
         yield name, module, parent

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from .capture import current_record
 from .positions import GRAPH, Positions, make_padding, make_positions, positions_of
 from .ragged import Segments
+from .torch_private import unwrapped
 
 __all__ = ["attach_padding", "attach_segments"]
+
+_ATTACHED = "_weight_sharing_attached"  # the handles of what is attached to a model, by source
 
 
 def attach_segments(
@@ -24,13 +28,17 @@ def attach_segments(
 ) -> RemovableHandle:
     """Compute the segments from the model's own arguments, on every call in a curvature step.
 
+    Attaching the same source again changes nothing. What DistributedDataParallel or torch.compile
+    made of a model is that model.
+
     Args:
         source: ``'pyg'``: the model is called with a PyG ``Data`` or ``Batch``, or with arguments
             named ``edge_index`` and ``batch`` (also by position, by the names in the signature of
             ``forward``). ``'jraph'``: with arguments or an object that has ``n_node`` and
             ``n_edge``, batched with padding as jraph does it (the first padding graph owns all
-            padding nodes and edges, later ones are empty). Or a function of the model's arguments
-            that returns the keyword arguments of :func:`segments`.
+            padding nodes and edges, later ones are empty). ``'auto'``: as either of both if the
+            arguments are of one, and nothing if they are not. Or a function of the model's
+            arguments that returns the keyword arguments of :func:`segments`.
 
     Returns:
         A handle; ``remove()`` detaches.
@@ -39,25 +47,20 @@ def attach_segments(
         ValueError: the source is unknown. When the model is called: the arguments are not as the
             source says.
     """
-    if isinstance(source, str):
-        if source not in _SOURCES:
-            raise ValueError(
-                f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
-            )
-        reader = _SOURCES[source]
-        forward = inspect.signature(model.forward)
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            return reader(_Arguments(forward, args, kwargs))
-    else:
-        compute = source
-    return _attach(model, compute, lambda said: make_positions(**said))
+    if isinstance(source, str) and source not in _SOURCES:
+        raise ValueError(
+            f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
+        )
+    return _attach(unwrapped(model), _SegmentsOf(source))
 
 
 def attach_padding(
     model: nn.Module, source: str | Callable[..., Tensor | Mapping[str, Tensor]]
 ) -> RemovableHandle:
     """Compute the padding mask from the model's own arguments, on every call in a curvature step.
+
+    Attaching the same source again changes nothing. What DistributedDataParallel or torch.compile
+    made of a model is that model.
 
     Args:
         source: the name of an argument that holds it, where ``attention_mask`` is True (1) for real
@@ -73,52 +76,91 @@ def attach_padding(
         ValueError: ``forward`` has no argument of that name. When the model is called: none was
             found.
     """
+    model = unwrapped(model)
     if isinstance(source, str):
-        name = source
-        forward = inspect.signature(model.forward)
-        parameters = forward.parameters
-        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        parameters = inspect.signature(model.forward).parameters
+        has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if source not in parameters and not has_keywords:
             raise ValueError(
-                f"attach_padding: {type(model).__name__}.forward has no argument '{name}'; it has "
-                f"{', '.join(map(repr, parameters)) or 'none'}."
+                f"attach_padding: {type(model).__name__}.forward has no argument '{source}'; it "
+                f"has {', '.join(map(repr, parameters)) or 'none'}."
             )
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            arguments = _Arguments(forward, args, kwargs)
-            mask = arguments.get(name)
-            if mask is None:
-                if name in parameters:
-                    return None
-                raise ValueError(f"attach_padding: the model was called without '{name}'.")
-            if mask.is_floating_point():
-                mask = (
-                    mask.isneginf().logical_not()
-                    if name.endswith("key_padding_mask")
-                    else mask != 0
-                )
-                return mask
-            return ~mask.bool() if name.endswith("key_padding_mask") else mask.bool()
-    else:
-        compute = source
-    return _attach(model, compute, make_padding)
+    return _attach(model, _PaddingOf(source))
 
 
-def _attach(
-    model: nn.Module, compute: Callable[..., Any], make: Callable[[Any], Positions]
-) -> RemovableHandle:
-    def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
-        record = current_record()
-        if record is None:  # nobody computes curvature
+def _attach(model: nn.Module, hook: _SegmentsOf | _PaddingOf) -> RemovableHandle:
+    """Register a hook, unless its like is there; a model can be pickled with it."""
+    attached: dict[Any, RemovableHandle] = model.__dict__.setdefault(_ATTACHED, {})
+    key = type(hook).__name__, hook.source
+    handle = attached.get(key)
+    if handle is None or handle.id not in (handle.hooks_dict_ref() or ()):
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        attached[key] = handle
+    return handle
+
+
+@dataclass(frozen=True)
+class _SegmentsOf:
+    """A hook before a model's forward pass."""
+
+    source: Any
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if current_record() is None:  # nobody computes curvature
             return
-        said = compute(*args, **kwargs)
-        if said is None:
+        if isinstance(self.source, str):
+            arguments = _Arguments(inspect.signature(module.forward), args, kwargs)
+            said = _SOURCES[self.source](arguments)
+        else:
+            said = self.source(*args, **kwargs)
+        if said is not None:
+            _note(module, said if isinstance(said, Positions) else make_positions(**said))
+
+
+@dataclass(frozen=True)
+class _PaddingOf:
+    """A hook before a model's forward pass."""
+
+    source: Any
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if current_record() is None:
             return
-        positions = said if isinstance(said, Positions) else make(said)
-        for part in module.modules():
-            before = record.positions.get(part)
-            if before is None or before is positions_of(part):
-                record.positions[part] = positions
-            elif before is not positions and not before.equals(positions):
+        if isinstance(self.source, str):
+            said = _mask_argument(self.source, inspect.signature(module.forward), args, kwargs)
+        else:
+            said = self.source(*args, **kwargs)
+        if said is not None:
+            _note(module, said if isinstance(said, Positions) else make_padding(said))
+
+
+def _mask_argument(
+    name: str, signature: inspect.Signature, args: Any, kwargs: Any
+) -> Tensor | None:
+    """The mask that a model's argument of this name is, True for real tokens."""
+    mask = _Arguments(signature, args, kwargs).get(name)
+    is_of_padding = name.endswith("key_padding_mask")
+    if mask is None:
+        if name in signature.parameters:
+            return None
+        raise ValueError(f"attach_padding: the model was called without '{name}'.")
+    if mask.is_floating_point():
+        return mask.isneginf().logical_not() if is_of_padding else mask != 0
+    return ~mask.bool() if is_of_padding else mask.bool()
+
+
+def _note(module: nn.Module, positions: Positions) -> None:
+    """Keep what was said of a module and of those in it for the step that is recorded."""
+    record = current_record()
+    assert record is not None
+    joined: dict[int, Positions] = {}
+    for part in module.modules():
+        before = record.positions.get(part)
+        if before is None or before is positions_of(part):
+            record.positions[part] = positions
+        elif before is not positions and not before.equals(positions):
+            both = joined.get(id(before)) or before.joined(positions)
+            if both is None:
                 raise ValueError(
                     f"The segments of a {type(part).__name__} were given twice in this step, and "
                     f"are different: {before.roles or before.masks} and "
@@ -126,8 +168,7 @@ def _attach(
                     "call, as in attach_segments(model, lambda ...: {'node_a': ..., 'node_b': "
                     "...})."
                 )
-
-    return model.register_forward_pre_hook(before_forward, with_kwargs=True)
+            record.positions[part] = joined[id(before)] = both
 
 
 class _Arguments:
@@ -199,4 +240,15 @@ def _from_jraph(arguments: _Arguments) -> dict[str, Any]:
     }
 
 
-_SOURCES = {"pyg": _from_pyg, "jraph": _from_jraph}
+def _from_any(arguments: _Arguments) -> dict[str, Any] | None:
+    for names, source in ((("n_node", "n_edge"), _from_jraph), (("edge_index",), _from_pyg)):
+        if all(arguments.get(name) is not None for name in names):
+            return source(arguments)
+    return None
+
+
+_SOURCES: dict[str, Callable[[_Arguments], dict[str, Any] | None]] = {
+    "pyg": _from_pyg,
+    "jraph": _from_jraph,
+    "auto": _from_any,
+}

@@ -43,7 +43,7 @@ from .plan import Plan
 from .positions import take_positions
 from .probe import counted
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
-from .torch_private import eagerly
+from .torch_private import eagerly, unwrapped
 from .unseen import UnseenReport, check_any_called
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
@@ -430,7 +430,7 @@ def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFi
     Raises a ValueError for a configuration without it of a type that only a maker with it has.
     """
     if config.shared_dim is not None:
-        return WeightSharingFisherMaker(model, config)
+        return WeightSharingFisherMaker(unwrapped(model), config)
     for value in (config.fisher_type, config.loss_type):
         if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY, LOSS_AUTO):
             raise ValueError(

@@ -29,6 +29,7 @@ __all__ = [
     "own_buffers",
     "own_parameters",
     "padding_of",
+    "unwrapped",
     "version_of",
 ]
 
@@ -109,6 +110,20 @@ def canonical_mask(
         target_type=dtype,
         check_other=other is not None,
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what DistributedDataParallel, DataParallel and torch.compile made of it.
+
+    A compiled module has the one it was made of under a private name.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
 
 
 @contextlib.contextmanager
