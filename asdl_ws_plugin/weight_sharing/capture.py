@@ -110,6 +110,7 @@ class Captured:
         observations: the calls of PyTorch's loss functions that were seen.
         inputs: the model's arguments, in a nest of containers.
         reduction: what the loss function says of itself.
+        loss_scale: what a GradScaler has multiplied the loss with; ``None``: there is none.
     """
 
     record: Record
@@ -118,6 +119,7 @@ class Captured:
     observations: Sequence[Any]
     inputs: Any
     reduction: str | None = None
+    loss_scale: Tensor | None = None
 
 
 _records: list[Record] = []

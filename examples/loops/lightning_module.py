@@ -11,6 +11,10 @@ from __future__ import annotations
 import logging
 import warnings
 
+from asdl_ws_plugin._torchvision import make_importable
+
+make_importable()  # lightning imports torchvision, of which a CPU build may lack the operators
+
 import lightning
 import torch
 import torch.nn.functional as F

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import asdl_ws_plugin
-from asdl_ws_plugin import make_torchvision_importable
+from asdl_ws_plugin._torchvision import make_importable
 
-make_torchvision_importable()  # transformers imports torchvision, which a CPU build may lack operators for
+make_importable()  # transformers imports torchvision, which a CPU build may lack operators for
 
 from transformers import (  # noqa: E402
     BertConfig,
