@@ -34,6 +34,7 @@ from .makers import (  # noqa: E402
     UnitWiseNaturalGradientMaker,
     get_fisher_maker,
 )
+from .preconditioner import Preconditioner  # noqa: E402
 from .upstream import register, unregister, wants_registration  # noqa: E402
 from .weight_sharing._version import __version__  # noqa: E402
 from .weight_sharing.attach import attach_padding, attach_segments  # noqa: E402
@@ -61,6 +62,7 @@ __all__ = [
     "LayerWiseNaturalGradientMaker",
     "MultiheadAttention",
     "NaturalGradientMaker",
+    "Preconditioner",
     "Report",
     "Segments",
     "UnitWiseNaturalGradientMaker",

@@ -121,6 +121,7 @@ class Captured:
         inputs: the model's arguments, in a nest of containers.
         reduction: what the loss function says of itself.
         num_terms: how many terms the loss says that it averages over.
+        loss_scale: what a GradScaler has multiplied the loss with; ``None``: there is none.
     """
 
     record: Record
@@ -130,6 +131,7 @@ class Captured:
     inputs: Any
     reduction: str | None = None
     num_terms: Any = None
+    loss_scale: Tensor | None = None
 
 
 _records: list[Record] = []

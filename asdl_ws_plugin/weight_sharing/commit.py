@@ -15,20 +15,13 @@ from .errors import layer_message
 from .factors import full_precision
 from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
 
-__all__ = ["commit", "commit_products", "invert"]
+__all__ = ["collect", "commit", "commit_products", "invert"]
 
 
-@full_precision()
-def commit(batch: Batch, unseen: Container[nn.Module], attr: str, decay: float | None) -> None:
-    """Make the batch's curvature the modules' own.
+def collect(batch: Batch, unseen: Container[nn.Module]) -> list[tuple[nn.Module, SymMatrix]]:
+    """The batch's curvature, of the modules that took part in it.
 
-    Args:
-        unseen: the layers that took no part.
-        attr: the modules' attribute.
-        decay: the curvature of earlier batches is multiplied with it and added; ``None``: it is
-            dropped.
-
-    Raises a FloatingPointError, before anything is changed, if a matrix is not finite.
+    Raises a FloatingPointError if a matrix is not finite.
     """
     context = batch.context
     matrices = [
@@ -41,8 +34,26 @@ def commit(batch: Batch, unseen: Container[nn.Module], attr: str, decay: float |
     for module, matrix in results:
         matrix.trained = trained(module)
     _check_finite(results, batch.layers)
+    return results
+
+
+@full_precision()
+def commit(
+    model: nn.Module,
+    results: list[tuple[nn.Module, SymMatrix]],
+    attr: str,
+    decay: float | None,
+) -> None:
+    """Make curvature the modules' own.
+
+    Args:
+        results: the modules and their curvature.
+        attr: the modules' attribute.
+        decay: the curvature of earlier batches is multiplied with it and added; ``None``: it is
+            dropped.
+    """
     if decay is None:
-        _drop(batch.model, attr)
+        _drop(model, attr)
     else:
         results = _merged(results, attr, decay)
     for module, matrix in results:

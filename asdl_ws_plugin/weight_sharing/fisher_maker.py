@@ -27,22 +27,26 @@ import torch
 from asdl.fisher import FisherConfig, FisherMaker
 from asdl.grad_maker import GradientMaker
 from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_KFE
+from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
-from .arrange import arrange
+from .arrange import Arranged, arrange
 from .batch import Batch
 from .capture import Captured, Record, recording
-from .commit import commit, commit_products, invert
+from .commit import collect, commit, commit_products, invert
 from .count import Count, count_examples, leading_sizes
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
+from .micro_batches import MicroBatches
 from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
+from .operations import EXPAND
 from .plan import Plan
 from .positions import take_positions
 from .probe import counted
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .shapes import KRONECKER
 from .torch_private import eagerly, unwrapped
 from .unseen import UnseenReport, check_any_called
 
@@ -135,13 +139,17 @@ class Step:
         """Whether the examples that the curvature is averaged over were counted by the user."""
         return self.data_size != _INVALID_DATA_SIZE
 
-    def scales(self, reading: Reading, count: Count, has_loss: bool) -> tuple[Any, Any]:
+    def scales(
+        self, reading: Reading, count: Count, has_loss: bool, loss_scale: Tensor | None = None
+    ) -> tuple[Any, Any]:
         """What A and B are multiplied with."""
         if self.has_data_size:
             return self.scale / self.data_size, self.scale / self.data_size
         if not has_loss:
             raise ValueError("data_size is not specified, and there is no loss to tell it from.")
-        return self.scale / count.num_examples, self.scale / reading.sum_factor
+        # A factor that a GradScaler multiplies the loss with is none of its curvature.
+        sum_factor = reading.sum_factor if loss_scale is None else reading.sum_factor * loss_scale
+        return self.scale / count.num_examples, self.scale / sum_factor
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -195,6 +203,10 @@ class WeightSharingFisherMaker(FisherMaker):
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
+        # Also set by it: the micro-batches of the step, where there are several, and a forward pass
+        # that the user has made.
+        self.micro_batches: MicroBatches | None = None
+        self.given: Captured | None = None
         self._unseen_report = UnseenReport(self.plan)
 
     @property
@@ -256,9 +268,9 @@ class WeightSharingFisherMaker(FisherMaker):
             fvp,
             vec,
         )
-        captured = self.capture()
+        captured = self.capture() if self.given is None else self.given
         self.take(captured, step)
-        if calc_inv:
+        if calc_inv and self.micro_batches is None:
             invert(self.model, self.plan.layers, self.config.fisher_attr, damping)
         return self._model_output, captured.loss if self.is_fisher_emp or calc_loss_grad else None
 
@@ -283,6 +295,7 @@ class WeightSharingFisherMaker(FisherMaker):
             [self._model_args, self._model_kwargs],
             declared_reduction(self._loss_fn, self._loss_fn_kwargs),
             num_terms,
+            observer.loss_scale,
         )
 
     def call_loss(self) -> Tensor:
@@ -300,7 +313,9 @@ class WeightSharingFisherMaker(FisherMaker):
         reading = read(captured, plan, config, step.has_data_size)
         count, evidence = counted(plan, layers, captured, reading.source)
         plan.decide(reading.num_rows, count.num_logits_of_examples)
-        scale_A, scale_B = step.scales(reading, count, captured.loss is not None)
+        scale_A, scale_B = step.scales(
+            reading, count, captured.loss is not None, captured.loss_scale
+        )
         record = self._live(captured, reading)
         arranged = arrange(plan, layers, record, count, evidence)
         batch = Batch(
@@ -330,8 +345,11 @@ class WeightSharingFisherMaker(FisherMaker):
         if step.fvp:
             commit_products(batch, self.unseen, config.fvp_attr)
         else:
-            decay = self.decay if step.accumulate else None
-            commit(batch, self.unseen, config.fisher_attr, decay)
+            results = collect(batch, self.unseen)
+            if self.micro_batches is None:
+                self._commit(results, step.accumulate)
+            else:
+                self._add(results, count, arranged)
         if not step.fvp:  # products are with one matrix, so its labels are those of one draw
             self.draws += 1
         plan.note_absent(record.absent)
@@ -342,6 +360,37 @@ class WeightSharingFisherMaker(FisherMaker):
         return live_record(
             captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
         )
+
+    def commit_micro_batches(self, accumulate: bool) -> None:
+        """Stage 6 for the joint batch of several micro-batches."""
+        assert self.micro_batches is not None
+        self.unseen = self.micro_batches.unseen
+        self._commit(self.micro_batches.joined(self._is_forward_only), accumulate)
+
+    def _commit(self, results: list[tuple[nn.Module, SymMatrix]], accumulate: bool) -> None:
+        commit(self.model, results, self.config.fisher_attr, self.decay if accumulate else None)
+
+    def _add(
+        self,
+        results: list[tuple[nn.Module, SymMatrix]],
+        count: Count,
+        arranged: dict[nn.Module, Arranged],
+    ) -> None:
+        assert self.micro_batches is not None
+        weights = {}
+        if self.config.data_size == _INVALID_DATA_SIZE:
+            for layer in self.plan.layers:
+                if layer.module in arranged and layer.shape in KRONECKER:
+                    is_mean = self.plan.strategy_of(layer) == EXPAND
+                    positions = arranged[layer.module].R if is_mean else 1.0
+                    weights[layer.module] = count.num_examples * positions
+        self.micro_batches = self.micro_batches.added(
+            results, weights, self.unseen, self._is_forward_only
+        )
+
+    @property
+    def _is_forward_only(self) -> bool:
+        return self.config.fisher_type == FISHER_FORWARD_ONLY
 
     def _estimate(self) -> Estimate:
         config = self.config

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ._warn import warn
 from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
+from .commit import invert
 from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch, check_data_size, check_setup
 from .matrices import (
@@ -36,6 +37,7 @@ from .matrices import (
     precondition_bias,
     share_inverses,
 )
+from .micro_batches import MicroBatches
 from .observe_loss import loss_and_count
 from .positions import take_own_positions
 from .registry import supported_classes
@@ -84,22 +86,95 @@ class WeightSharing(NaturalGradientMaker):
 
     # ---------------------------------------------------------------------- a step is a transaction
 
-    def forward_and_backward(self) -> tuple[Any, Tensor]:
+    def forward_and_backward(self, accumulate: bool = False) -> tuple[Any, Tensor]:
         """One step: the gradient of the loss exactly as it was passed, preconditioned, added to
         ``.grad``.
+
+        Args:
+            accumulate: this is a micro-batch and others follow. Gradients and curvature are added
+                up, and the call without ``accumulate`` that ends the step preconditions their sum
+                once: k micro-batches with the loss divided by k are the joint batch.
 
         Returns the model's output and the loss. A step that raises leaves ``.grad``, the curvature
         and the step count as they were.
         """
         check_setup(self, needs_loss=True)
-        with self._undone_on_error():
-            return super().forward_and_backward()
+        if not accumulate and self.fisher_maker.micro_batches is None:
+            with self._undone_on_error():
+                return super().forward_and_backward()
+        self.add_micro_batch()
+        if not accumulate:
+            self.finish_step()
+        return self._model_output, self._loss
+
+    def add_micro_batch(self) -> None:
+        """The gradient of a micro-batch is added to ``.grad``, and its curvature to that of the
+        step.
+
+        An error leaves both as they were.
+        """
+        maker = self.fisher_maker
+        before = maker.micro_batches
+        maker.micro_batches = before or MicroBatches()
+        try:
+            with self._undone_on_error():
+                step = self.state["step"]
+                if self.do_forward_and_backward(step):
+                    self.forward()
+                    self.backward()
+                if self.do_update_curvature(step):
+                    self.update_curvature()
+        except BaseException:
+            maker.micro_batches = before
+            raise
+
+    def finish_step(self) -> None:
+        """Upstream's step after its gradient and curvature: the average, the inverses, and the
+        gradients in ``.grad``, preconditioned in place.
+
+        An error leaves the curvature and the step count as they were; the micro-batches are
+        dropped, and so are the gradients if preconditioning had begun.
+        """
+        maker, step = self.fisher_maker, self.state["step"]
+        try:
+            with self._undone_on_error(with_grads=False):
+                self._startup()
+                self._commit_micro_batches()
+                if self.do_update_preconditioner(step):
+                    self.update_preconditioner()
+                self._precondition_or_drop()
+                self._teardown()
+        finally:
+            maker.micro_batches = None
+        self.state["step"] += 1
+
+    def _commit_micro_batches(self) -> None:
+        maker = self.fisher_maker
+        has_curvature = maker.micro_batches is not None and maker.micro_batches.count > 0
+        if has_curvature:
+            maker.commit_micro_batches(self.do_accumulate)
+        maker.micro_batches = None
+        if not has_curvature:
+            return
+        if not self.do_accumulate:
+            invert(self.model, self.plan.layers, self._fisher_attr, self.config.damping)
+        elif self.world_size > 1:
+            self.reduce_scatter_curvature()
+
+    def _precondition_or_drop(self) -> None:
+        try:
+            self.precondition()
+        except BaseException:
+            for p in self.model.parameters():
+                p.grad = None
+            raise
 
     @contextlib.contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
+    def _undone_on_error(self, with_grads: bool = True) -> Iterator[None]:
         # Only this step's gradient is preconditioned, so the gradients that are already there are
         # set aside.
-        held = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        parameters = list(self.model.parameters()) if with_grads else []
+        held = {p: p.grad for p in parameters if p.grad is not None}
         for p in held:
             p.grad = None
         before = {
@@ -117,7 +192,7 @@ class WeightSharing(NaturalGradientMaker):
         try:
             yield
         except BaseException:
-            for p in self.model.parameters():
+            for p in parameters:
                 p.grad = held.get(p)
             for module in self.model.modules():
                 if module in before:
@@ -372,6 +447,8 @@ class WeightSharing(NaturalGradientMaker):
         self, kron: Any = None, diag: Any = None, with_grad: bool = True
     ) -> None:
         """Average the curvature over the ranks; every rank gets it."""
+        if self.fisher_maker.micro_batches is not None:
+            return  # of a micro-batch; the step's own is averaged when it ends
         if _KEEPS_RANKS_IN_STEP:
             super().reduce_scatter_curvature(kron, diag, with_grad=False)
             return

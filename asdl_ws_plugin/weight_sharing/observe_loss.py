@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY
+from .torch_private import is_called_by_grad_scaler
 
 __all__ = ["LossObserver", "Observation", "loss_and_count"]
 
@@ -29,6 +30,7 @@ _OBSERVED: dict[Any, str] = {
     F.mse_loss: LOSS_MSE,
     F.binary_cross_entropy_with_logits: LOSS_BINARY_CROSS_ENTROPY,
 }
+_MULTIPLICATIONS = (Tensor.mul, Tensor.__mul__, torch.mul)
 _SIGNATURES = {function: inspect.signature(function) for function in _OBSERVED}
 # Operations that leave the values of log-probabilities as they are.
 _MOVES = (
@@ -77,11 +79,17 @@ class Observation:
 
 
 class LossObserver(TorchFunctionMode):
-    """Notes the calls of PyTorch's loss functions that are made while it is active."""
+    """Notes the calls of PyTorch's loss functions that are made while it is active.
+
+    Attributes:
+        observations: those calls.
+        loss_scale: what a ``torch.amp.GradScaler`` has multiplied a loss with meanwhile.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.observations: list[Observation] = []
+        self.loss_scale: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -94,6 +102,8 @@ class LossObserver(TorchFunctionMode):
             x = observation.input
             if x.requires_grad and (func is not F.nll_loss or _is_log_probabilities(x)):
                 self.observations.append(observation)
+        elif func in _MULTIPLICATIONS and is_called_by_grad_scaler():
+            self.loss_scale = args[1]
         return output
 
 

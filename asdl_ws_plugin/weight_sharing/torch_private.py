@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "AnyBatchNorm",
@@ -26,9 +27,11 @@ __all__ = [
     "has_own_hooks",
     "has_plain_forward",
     "is_batched_attention",
+    "is_called_by_grad_scaler",
     "own_buffers",
     "own_parameters",
     "padding_of",
+    "remove_function_mode",
     "unwrapped",
     "version_of",
 ]
@@ -142,3 +145,27 @@ def eagerly() -> Iterator[None]:
             yield
         finally:
             eval_frame._maybe_set_eval_frame = set_callback
+
+
+def is_called_by_grad_scaler() -> bool:
+    """Whether a function mode sees a call of ``GradScaler.scale``, which multiplies a loss with a
+    tensor and leaves no other mark on it.
+    """
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back  # a mode's method, and that of the class it extends
+    return frame is not None and frame.f_globals.get("__name__") == "torch.amp.grad_scaler"
+
+
+def remove_function_mode(mode: TorchFunctionMode) -> None:
+    """Take a mode off the stack wherever it is there: others may have been entered since, and
+    ``__exit__`` would take off the uppermost.
+    """
+    above = []
+    while overrides._len_torch_function_stack():
+        top = overrides._pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        overrides._push_mode(other)

@@ -1,0 +1,314 @@
+"""Both doors end with the same bits, whoever calls the model and the backward pass."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import asdl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import asdl_ws_plugin
+from asdl_ws_plugin import Preconditioner
+
+FISHER_TYPES = ("fisher_emp", "fisher_mc", "fisher_exact", "fisher_forward_only")
+SCHEDULE = {
+    "damping": 1e-2,
+    "ema_decay": 0.3,
+    "curvature_upd_interval": 2,
+    "preconditioner_upd_interval": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def in_double(double: None) -> Iterator[None]:
+    """Modes that a test leaves, as one that ends within a step does, are not the next one's."""
+    modes = num_modes()
+    yield
+    while num_modes() > modes:
+        torch.overrides._pop_mode()
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def batch(seed: int, n: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=generator), torch.randint(3, (n,), generator=generator)
+
+
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def num_modes() -> int:
+    return torch.overrides._len_torch_function_stack()
+
+
+def asdl_step(gm: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    gm.setup_loss_call(F.cross_entropy, gm.setup_model_call(model, x), y)
+    gm.forward_and_backward()
+
+
+@pytest.mark.parametrize("fisher_type", FISHER_TYPES)
+@pytest.mark.parametrize("with_average", [True, False])
+@pytest.mark.parametrize("by", ["step", "backward", "hook"])
+def test_both_doors_give_equal_bits(fisher_type: str, with_average: bool, by: str) -> None:
+    config = asdl.PreconditioningConfig(**(SCHEDULE if with_average else {"damping": 1e-2}))
+    options = {"fisher_type": fisher_type, "shared_dim": "auto"}
+    ours, theirs = mlp(), mlp()
+    gm = asdl.KfacGradientMaker(theirs, config, **options)
+    prec = Preconditioner(ours, config, **options)
+    optimizers = [torch.optim.NAdam(model.parameters(), lr=0.01) for model in (ours, theirs)]
+    if by == "hook":
+        prec.step_before(optimizers[0])
+    for i in range(7):
+        x, y = batch(i)
+        torch.manual_seed(i)
+        optimizers[1].zero_grad()
+        asdl_step(gm, theirs, x, y)
+        torch.manual_seed(i)
+        optimizers[0].zero_grad()
+        loss = F.cross_entropy(ours(x), y)
+        if by == "backward":
+            prec.backward(loss)
+        else:
+            loss.backward()
+        if by == "step":
+            prec.step()
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), i  # type: ignore[arg-type]
+            assert torch.equal(p, q), i
+    assert prec.maker.setting == gm.setting == "reduce"
+
+
+def test_no_hook_is_called_on_steps_without_curvature() -> None:
+    model = mlp()
+    prec = Preconditioner(model, **SCHEDULE)
+    assert num_hooks(model) > 0
+    for i in range(4):
+        x, y = batch(i)
+        loss = F.cross_entropy(model(x), y)
+        assert num_hooks(model) == (2 if i % 2 == 0 else 0), "the two of the model itself"
+        assert num_modes() == (1 if i % 2 == 0 else 0)
+        prec.backward(loss)
+        assert num_modes() == 0
+    prec.close()
+    assert num_hooks(model) == 0
+
+
+def test_evaluation_is_not_recorded() -> None:
+    model = mlp()
+    prec = Preconditioner(model, damping=1e-2, curvature_upd_interval=1)
+    x, y = batch(0)
+    loss = F.cross_entropy(model(x), y)
+    model.eval()
+    model(batch(1)[0])
+    model.train()
+    with torch.no_grad():
+        model(batch(2)[0])
+    prec.backward(loss)
+    a = torch.cat([x[:, :0], x], 1)
+    expected = 0.05 * a.T @ a / len(x)
+    assert torch.allclose(model[0].fisher.kron.A, expected, rtol=1e-12)  # type: ignore[index]
+
+
+def test_a_loss_computed_inside_of_the_model() -> None:
+    """As Hugging Face's models do with ``labels``; the logits are the output's ``logits``."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = mlp()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.body(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    ours, theirs = Net(), mlp()
+    options: dict[str, Any] = {"fisher_type": "fisher_exact", "shared_dim": "reduce"}
+    config = asdl.PreconditioningConfig(damping=1e-2)
+    prec = Preconditioner(ours, config, **options)
+    gm = asdl.KfacGradientMaker(theirs, config, **options)
+    x, y = batch(0)
+    prec.backward(ours(x, labels=y)["loss"])
+    asdl_step(gm, theirs, x, y)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "plain"])
+def test_a_wrapped_model(wrap: str) -> None:
+    model = mlp()
+    called = torch.compile(model, backend="eager") if wrap == "compiled" else model
+    prec = Preconditioner(called, damping=1e-2)  # type: ignore[arg-type]
+    x, y = batch(0)
+    prec.backward(F.cross_entropy(called(x), y))
+    reference = mlp()
+    other = Preconditioner(reference, damping=1e-2)
+    torch.manual_seed(0)
+    other.backward(F.cross_entropy(reference(x), y))
+    assert torch.allclose(model[0].fisher.kron.A, reference[0].fisher.kron.A)  # type: ignore[index]
+
+
+def test_another_models_backward_pass_is_left_alone() -> None:
+    model, critic = mlp(), nn.Linear(4, 1)
+    prec = Preconditioner(model, damping=1e-2, fisher_type="fisher_emp")
+    x, y = batch(0)
+    logits = model(x)
+    critic(x).square().mean().backward()
+    assert critic.weight.grad is not None and model[0].weight.grad is None  # type: ignore[index]
+    prec.backward(F.cross_entropy(logits, y))
+    assert model[0].weight.grad is not None  # type: ignore[index]
+
+
+def test_two_calls_of_the_model_in_one_loss_are_refused() -> None:
+    model = mlp()
+    Preconditioner(model, damping=1e-2)
+    x, y = batch(0)
+    loss = F.cross_entropy(model(x), y) + F.cross_entropy(model(-x), y)
+    with pytest.raises(ValueError, match="depends on 2 calls of the model"):
+        loss.backward()
+
+
+def test_a_step_that_saw_nothing_is_an_error() -> None:
+    model = mlp()
+    prec = Preconditioner(model, damping=1e-2)
+    with pytest.raises(RuntimeError, match="no call of the model in training mode was seen"):
+        prec.step()
+    x, y = batch(0)
+    loss = F.cross_entropy(model(x), y)
+    with pytest.raises(RuntimeError, match=r"loss\.backward\(\) was not"):
+        prec.step()
+    prec.backward(loss)
+
+
+def test_an_error_leaves_nothing_behind() -> None:
+    model = mlp()
+    prec = Preconditioner(model, damping=1e-2, curvature_upd_interval=1)
+    x, y = batch(0)
+    prec.backward(F.cross_entropy(model(x), y))
+    before = [model[0].fisher.kron.A.clone(), prec.maker.state["step"]]  # type: ignore[index]
+    model.zero_grad()
+    loss = F.cross_entropy(model(x * torch.nan), y)
+    with pytest.raises(FloatingPointError):
+        prec.backward(loss)
+    assert torch.equal(model[0].fisher.kron.A, before[0])  # type: ignore[index]
+    assert prec.maker.state["step"] == before[1]
+    assert all(p.grad is None for p in model.parameters())
+    prec.backward(F.cross_entropy(model(x), y))  # and the next step trains on
+    assert prec.maker.state["step"] == before[1] + 1
+    assert num_modes() == 0
+
+
+def test_a_forward_pass_that_fails_is_forgotten() -> None:
+    model = mlp()
+    prec = Preconditioner(model, damping=1e-2)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 7))
+    assert all(not layer.module._forward_hooks for layer in prec.maker.plan.layers)
+    x, y = batch(0)
+    prec.backward(F.cross_entropy(model(x), y))
+
+
+def test_resumed_training_goes_on_bit_for_bit() -> None:
+    def run(resume_at: int | None) -> list[Tensor]:
+        model = mlp()
+        prec = Preconditioner(model, **SCHEDULE, fisher_type="fisher_emp")
+        for i in range(8):
+            if i == resume_at:
+                state = prec.state_dict()
+                prec.close()
+                prec = Preconditioner(model, **SCHEDULE, fisher_type="fisher_emp")
+                prec.load_state_dict(state)
+            x, y = batch(i)
+            prec.backward(F.cross_entropy(model(x), y))
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= 0.1 * p.grad  # type: ignore[operator]
+                    p.grad = None
+        return list(model.parameters())
+
+    expected = run(None)
+    for resume_at in (1, 2, 5):
+        for p, q in zip(run(resume_at), expected, strict=True):
+            assert torch.equal(p, q)
+
+
+def test_param_groups_say_which_parameters_are_preconditioned() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "body": mlp()})
+    prec = Preconditioner(model, damping=1e-2)
+    inside, outside = prec.param_groups()
+    assert inside["preconditioned"] and not outside["preconditioned"]
+    assert {id(p) for p in inside["params"]} == {id(p) for p in model["body"].parameters()}
+    assert [p is model["embed"].weight for p in outside["params"]] == [True]
+    torch.optim.AdamW([{**inside, "lr": 1e-2}, {**outside, "lr": 1e-3}])
+
+
+def test_statistics_of_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    prec = Preconditioner(model, **SCHEDULE, statistics=True)
+    with caplog.at_level(logging.INFO, "asdl_ws_plugin"):
+        for i in range(4):
+            model.zero_grad()
+            loss = F.cross_entropy(model(batch(i)[0]), batch(i)[1])
+            loss.backward()
+            raw = torch.stack([p.grad.norm() for p in model.parameters()]).norm()  # type: ignore[union-attr]
+            prec.step()
+            after = torch.stack([p.grad.norm() for p in model.parameters()]).norm()  # type: ignore[union-attr]
+            step = prec.last_step
+            assert step["step"] == i
+            assert step["norm_before"] == pytest.approx(float(raw))
+            assert step["norm_after"] == pytest.approx(float(after))
+            assert step["curvature_age"] == i % 2 and step["inverse_age"] == i
+            assert step["damping"] == 1e-2 and step["left_out"] == {}
+            assert step["seconds"]["step"] > 0
+            assert ("curvature" in step["seconds"]) == (i % 2 == 0)
+    assert sum("norm_before" in record.message for record in caplog.records) == 4
+
+
+def test_segments_and_padding_are_seen() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    x, y = torch.randn(6, 7, 4), torch.randint(3, (6, 7))
+    mask = torch.rand(6, 7) < 0.7
+    mask[:, 0] = True
+    y[~mask] = -100
+    prec = Preconditioner(
+        model, asdl.PreconditioningConfig(damping=1e-2, ema_decay=1.0), shared_dim="expand"
+    )
+    with asdl_ws_plugin.padding(model, mask):
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        prec.backward(loss)
+    rows = x[mask]
+    expected = rows.T @ rows / len(rows)
+    assert torch.allclose(model[0].fisher.kron.A, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"damping": -1.0}, ValueError, "damping"),
+        ({"shared_dim": "sum"}, ValueError, "shared_dim"),
+        ({"no_such_option": 1}, TypeError, "no_such_option"),
+        (
+            {"config": asdl.PreconditioningConfig(), "damping": 1.0},
+            TypeError,
+            "Give damping in the config",
+        ),
+    ],
+)
+def test_bad_options_are_refused(
+    options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    model = mlp()
+    with pytest.raises(error, match=match):
+        Preconditioner(model, **options)
+    assert num_hooks(model) == 0
