@@ -242,8 +242,13 @@ def test_a_run_that_breaks_is_reported_and_ends_worst(
     assert found.values[-1] == math.inf and found.reached(1e9, True) == 0
 
 
+@pytest.mark.parametrize("when", [4, 8, 12])  # in the first trial, the second, the final runs
 def test_an_interrupted_command_goes_on_and_ends_the_same(
-    bench: ModuleType, parts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType,
+    parts: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: int,
 ) -> None:
     arguments = ["gpt", "--budget", "tiny", "--only", "K-FAC-reduce 1/10", "--threads", "1"]
     whole = bench.main([*arguments, "--out", str(tmp_path / "whole")])
@@ -252,7 +257,7 @@ def test_an_interrupted_command_goes_on_and_ends_the_same(
 
     def advance(self: Any, on_step: Any) -> None:
         calls.append(self)
-        if len(calls) == 4:
+        if len(calls) == when:
             raise KeyboardInterrupt
         original(self, on_step)
 
