@@ -340,6 +340,8 @@ def _contenders() -> dict[str, Contender]:
     }.items():
         make = kfac(None, fisher_type, preset)
         result[name] = Contender(make, ADAM, space=ADAM_SPACE, is_ours=True)
+    if not hasattr(asdl_ws_plugin, "recommended"):  # a version without the preset
+        result = {name: c for name, c in result.items() if not name.startswith("K-FAC preset")}
     if not hasattr(torch.optim, "Muon"):  # before torch 2.9
         del result["Muon"]
     return result

@@ -206,6 +206,7 @@ def race(
         store: takes each finished run; runs in progress are saved every ``save_every`` seconds.
         progress: of ``_report.progress_bars``.
     """
+    # What is in progress may be of a later race: where nothing is left to run, it stays.
     known = {record.key for phase in ("search", "final") for record in store.records(phase)}
     live = store.load_live()
     runners = []
@@ -225,6 +226,8 @@ def race(
         )
         for runner in runners
     }
+    if not runners:
+        return
     saved = time.monotonic()
     while runners:
         for runner in runners:
