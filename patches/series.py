@@ -25,9 +25,9 @@ ADDED = {
     1: ["__init__", "registry", "rules"],
     2: ["capture"],
     3: ["nvtx"],
-    4: ["loss"],
+    4: ["output_grads", "read_loss"],
     5: ["matrices"],
-    6: ["grad_maker", "_version"],
+    6: ["attach", "grad_maker", "_version"],
 }
 
 DATE = "2026-01-01T00:00:00Z"
