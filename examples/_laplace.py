@@ -97,7 +97,7 @@ def fit(model: nn.Module, data: Any, shared_dim: str, validation: Any) -> tuple[
         posterior.optimize_prior_precision(
             method="gridsearch",
             val_loader=validation,
-            grid_size=5,  # 1, 10, ... 10,000
+            grid_size=9,  # from 1 to 10,000
             log_prior_prec_min=0,
             log_prior_prec_max=4,
         )
