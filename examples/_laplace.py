@@ -211,7 +211,7 @@ def figure(scores: Sequence[Scores], path: Path, title: str) -> None:
     lowest = min(reliability.get_xlim()[0], reliability.get_ylim()[0])
     reliability.plot([lowest, 1], [lowest, 1], color="0.5", linewidth=0.8, linestyle="--")
     reliability.set(xlabel="confidence", ylabel="accuracy")
-    reliability.legend(loc="upper left")
+    reliability.legend(loc="lower right")
     reliability.grid(alpha=0.3)
     if several:
         for score in scores:
