@@ -9,6 +9,16 @@ the block of the bias, which is ``B`` alone, counts as well.
 
 No product ``(QP, QP)`` is ever formed. Factors are decomposed where a power or a logarithm needs
 it; :func:`decompose` does that once for several calls.
+
+>>> import torch
+>>> from asdl.symmatrix import Kron
+>>> from asdl_ws_plugin import kronecker
+>>> fisher = Kron(A=torch.diag(torch.tensor([1.0, 2.0])), B=torch.diag(torch.tensor([3.0, 0.0])))
+>>> kronecker.trace(fisher)
+tensor(9.)
+>>> kronecker.product(fisher, torch.ones(2, 2), power=-1, damping=1.0)
+tensor([[0.2500, 0.1429],
+        [1.0000, 1.0000]])
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def fit(model: nn.Module, data: Any, shared_dim: str, validation: Any) -> tuple[
         posterior.optimize_prior_precision(
             method="gridsearch",
             val_loader=validation,
-            grid_size=9,
+            grid_size=9,  # from 1 to 10,000
             log_prior_prec_min=0,
             log_prior_prec_max=4,
         )
@@ -211,7 +211,7 @@ def figure(scores: Sequence[Scores], path: Path, title: str) -> None:
     lowest = min(reliability.get_xlim()[0], reliability.get_ylim()[0])
     reliability.plot([lowest, 1], [lowest, 1], color="0.5", linewidth=0.8, linestyle="--")
     reliability.set(xlabel="confidence", ylabel="accuracy")
-    reliability.legend(loc="upper left")
+    reliability.legend(loc="lower right")
     reliability.grid(alpha=0.3)
     if several:
         for score in scores:

@@ -36,10 +36,8 @@ Penalty = Callable[[nn.Module], Tensor]
 
 
 def network(width: int = 64) -> nn.Module:
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-        nn.Linear(width, 10),
-    )  # fmt: skip
+    first, second = (nn.Sequential(nn.Linear(p, width), nn.ReLU()) for p in (64, width))
+    return nn.Sequential(nn.Flatten(), first, second, nn.Linear(width, 10))
 
 
 def kronecker_penalty(model: nn.Module, x: Tensor) -> Penalty:
