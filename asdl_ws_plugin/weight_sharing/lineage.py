@@ -71,9 +71,8 @@ def tracing(model: nn.Module) -> Iterator[Lineage]:
         lineage.start(args, kwargs)
 
     def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if lineage.knows(
-            (args, kwargs)
-        ):  # whatever it does, as functions written in another language do
+        # Whatever it does: autograd functions of its own are not seen otherwise.
+        if lineage.knows((args, kwargs)):
             lineage.mark(output)
 
     handles = [model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
