@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Lineage", "tracing"]
@@ -70,13 +70,17 @@ def tracing(model: nn.Module) -> Iterator[Lineage]:
     def before(_: nn.Module, args: Any, kwargs: Any) -> None:
         lineage.start(args, kwargs)
 
-    def after(_: nn.Module, args: Any, output: Any) -> None:
-        if lineage.knows(args):  # whatever it does, as functions written in another language do
+    def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        # Whatever it does: autograd functions of its own are not seen otherwise.
+        if lineage.knows((args, kwargs)):
             lineage.mark(output)
 
-    handles = [
-        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        register_module_forward_hook(after),
+    handles = [model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)]
+    # Not a hook for all modules at once, which torch.compile warns of.
+    handles += [
+        module.register_forward_hook(after, prepend=True, with_kwargs=True)
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
         with lineage:

@@ -327,7 +327,7 @@ def test_masks_that_do_not_fit_and_the_next_one_that_does():
     with (
         pytest.raises(
             ValueError,
-            match=r"no layer has .* length 5 of the mask 'mask', but \d|no mask of that length \(there are 5",
+            match=r"no layer has .* length 5 of the mask|no mask of that length \(there are 5",
         ),
         padding(model, torch.ones(3, 5, dtype=torch.bool)),
     ):
