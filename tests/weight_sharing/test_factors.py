@@ -425,9 +425,9 @@ def test_a_given_data_size_does_not_depend_on_the_loss_reduction(shared_dim: str
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loss_type", [MSE, BCE])
 @pytest.mark.parametrize("pool", [True, False], ids=["reduce_setting", "expand_setting"])
-def test_terms_of_elementwise_losses_are_rows(pool: bool, loss_type: str, reduction: str):
-    """PyTorch's mean of an MSE or BCE divides by N·R·C; T counts terms, which are vectors of C
-    outputs.
+def test_terms_of_elementwise_losses_are_elements(pool: bool, loss_type: str, reduction: str):
+    """PyTorch's mean of an MSE or BCE divides by N·R·C, and so does B, the loss's own curvature; a
+    squared error has its factor 2.
     """
     model, x = SelfAttention(pool=pool), torch.randn(4, 5, 4)
     target = torch.rand(4, 3) if pool else torch.rand(4, 5, 3)
@@ -442,7 +442,9 @@ def test_terms_of_elementwise_losses_are_rows(pool: bool, loss_type: str, reduct
         assert_equal(model.q.fisher.kron.A, expected.A / 4)
         assert_equal(
             model.q.fisher.kron.B,
-            expected.B / (target[..., 0].numel() if reduction == "mean" else 1),
+            (2 if loss_type == MSE else 1)
+            * expected.B
+            / (target.numel() if reduction == "mean" else 1),
         )
 
 
