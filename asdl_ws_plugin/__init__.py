@@ -13,6 +13,7 @@ require_asdl()
 if is_native():
     adopt_native_modules()
 
+from ._torchvision import make_importable as mend_torchvision  # noqa: E402
 from .conversion.attention import MultiheadAttention  # noqa: E402
 from .conversion.convert import convert, register_converter, revert  # noqa: E402
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
@@ -32,6 +33,7 @@ from .weight_sharing.positions import (  # noqa: E402
 )
 from .weight_sharing.ragged import Segments, set_backend  # noqa: E402
 from .weight_sharing.registry import register_operation  # noqa: E402
+from .weight_sharing.training_config import TrainingConfig, recommended  # noqa: E402
 
 __all__ = [
     "FISHER_FORWARD_ONLY",
@@ -40,6 +42,7 @@ __all__ = [
     "MultiheadAttention",
     "Report",
     "Segments",
+    "TrainingConfig",
     "WeightSharingLinear",
     "__version__",
     "approximation_error",
@@ -47,7 +50,9 @@ __all__ = [
     "attach_segments",
     "convert",
     "inspect",
+    "mend_torchvision",
     "padding",
+    "recommended",
     "register",
     "register_converter",
     "register_operation",

@@ -31,6 +31,7 @@ from torch.autograd.graph import Node
 
 from . import factors
 from .blocks import LinearBlock, input_group, lent_to
+from .capped import capped, identity
 from .capture import Call, Layer, Record, last_nodes
 from .layout import examples_first
 from .operations import LinearExpand, LinearReduce
@@ -138,6 +139,9 @@ class Batch:
             for factor, size in (("A", weight[0].numel()), ("B", weight.shape[0])):
                 method = f"cov_kron_{factor}"
                 setattr(operation, method, _checked(layer, getattr(operation, method), size))
+        elif self.plan.max_side is not None and name in (OP_COV_KRON, OP_COV_SWIFT_KRON):
+            for method in ("cov_kron_A", "cov_kron_B"):
+                setattr(operation, method, capped(getattr(operation, method), self.plan.max_side))
         return operation
 
     def unseen(self) -> dict[nn.Module, str]:
@@ -621,15 +625,14 @@ class Batch:
             if layer.module not in self.record.calls:
                 continue
             weight: Any = layer.module.weight
-            identity = torch.eye(
+            B = identity(
                 weight.shape[0],
+                self.plan.max_side,
                 device=weight.device,
                 dtype=factors.accumulation_dtype(weight.dtype),
             )
             operation = self.context.get_operation(layer.module)
-            operation.accumulate_result(
-                identity.mul_(self.num_examples * self.scale), OP_COV_KRON, "B"
-            )
+            operation.accumulate_result(B.mul_(self.num_examples * self.scale), OP_COV_KRON, "B")
             self._with_grads.add(layer.module)
 
 

@@ -160,6 +160,8 @@ class WeightSharingFisherMaker(FisherMaker):
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
+        # Or, of an average without bias: the least weight that an update has.
+        self.least_weight: float | None = None
         self._reported: set[str] = set()
 
     @property
@@ -476,6 +478,7 @@ class WeightSharingFisherMaker(FisherMaker):
             results = [(module, corrected(matrix)) for module, matrix in results]
             for module, matrix in results:
                 matrix.trained = trained(module)
+                matrix.updates = 1
             self._check_finite(results, batch)
         if accumulate and not fvp:
             merged = []
@@ -485,13 +488,22 @@ class WeightSharingFisherMaker(FisherMaker):
                 if old is not None and is_of(
                     old, module
                 ):  # else the layer was frozen or unfrozen: a new average
-                    new = merge(new, old, self.decay, shared)
+                    new = self._averaged(new, old, shared)
                 merged.append((module, new))
             results = merged
         else:
             self.zero_fisher(fvp=fvp)
         for module, result in results:
             setattr(module, attr, result)
+
+    def _averaged(self, new: SymMatrix, old: SymMatrix, shared: Any) -> SymMatrix:
+        if self.least_weight is None:
+            return merge(new, old, self.decay, shared)
+        updates = getattr(old, "updates", 0) + 1
+        weight = max(self.least_weight, 1 / updates)
+        new = merge(new, old, 1 - weight, shared, weight)
+        new.updates = updates
+        return new
 
     def _check_finite(self, results: list[tuple[nn.Module, SymMatrix]], batch: Batch) -> None:
         sums = [(module, tensor.sum()) for module, matrix in results for tensor in tensors(matrix)]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from asdl.matrices import SHAPE_KFE
 from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
+from asdl.precondition.prec_grad_maker import PreconditioningConfig
 from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from ._warn import warn
 from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
 from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch, check_data_size, check_setup
+from .inverses import update_inverses
 from .matrices import (
     copy_inverses,
     diagonals,
@@ -38,6 +40,7 @@ from .matrices import (
 from .positions import take_own_positions
 from .registry import supported_classes
 from .rules import matches_any
+from .schedule import is_due
 from .state_dict import (
     check_strategies,
     complete_inverses,
@@ -47,6 +50,8 @@ from .state_dict import (
     plan_state,
     rank_state,
 )
+from .step_length import clipped, grafted
+from .training_config import TrainingConfig, at_step, check_training_config
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -59,6 +64,49 @@ class WeightSharing(NaturalGradientMaker):
 
     fisher_maker: WeightSharingFisherMaker
     _zero_reported = False
+    _failure_reported = False
+    _own_config: PreconditioningConfig
+
+    # ------------------------------------------------------------------------------- configuration
+
+    @functools.cached_property
+    def _last_update(self) -> dict[str, int]:
+        """The steps of the last updates of curvature and inverses."""
+        return {}
+
+    @property
+    def config(self) -> Any:
+        """The configuration as it is at this step: functions of the step are numbers here."""
+        return at_step(self._own_config, self.state["step"] if "state" in self.__dict__ else 0)
+
+    @config.setter
+    def config(self, config: PreconditioningConfig) -> None:
+        self._own_config = config
+
+    @property
+    def _training(self) -> TrainingConfig | None:
+        """The configuration, if it has more options than ASDL's."""
+        return self.config if isinstance(self._own_config, TrainingConfig) else None
+
+    def do_update_curvature(self, step: int | None = None) -> bool:
+        config = self._training
+        if config is None or config.num_total_steps is not None:
+            return super().do_update_curvature(step)
+        if config.curvature_upd_interval is None:
+            return self.do_update_preconditioner(step)
+        return self._is_due("curvature", config.curvature_upd_interval, step)
+
+    def do_update_preconditioner(self, step: int | None = None) -> bool:
+        config = self._training
+        if config is None or config.num_total_steps is not None:
+            return super().do_update_preconditioner(step)
+        return self._is_due("preconditioner", config.preconditioner_upd_interval, step)
+
+    def _is_due(self, what: str, interval: int, step: int | None) -> bool:
+        step = self.state["step"] if step is None else step
+        if step < getattr(self.config, f"{what}_warmup_steps"):
+            return True
+        return is_due(step, self._last_update.get(what), interval, self.config.early_updates)
 
     # --------------------------------------------------------------------------------- what is read
 
@@ -89,8 +137,15 @@ class WeightSharing(NaturalGradientMaker):
         and the step count as they were.
         """
         check_setup(self, needs_loss=True)
+        step = self.state["step"]
+        due = {
+            "curvature": self.do_update_curvature(step),
+            "preconditioner": self.do_update_preconditioner(step),
+        }
         with self._undone_on_error():
-            return super().forward_and_backward()
+            result = super().forward_and_backward()
+        self._last_update.update({what: step for what, is_due in due.items() if is_due})
+        return result
 
     @contextlib.contextmanager
     def _undone_on_error(self) -> Iterator[None]:
@@ -152,6 +207,7 @@ class WeightSharing(NaturalGradientMaker):
             **super().state_dict(),
             "curvature": curvature_state(self.model, self._fisher_attr),
             "rank": rank_state(self),
+            "last_update": dict(self._last_update),
             "weight_sharing": {
                 **plan_state(self.plan, self.fisher_maker.unseen),
                 "draws": self.fisher_maker.draws,
@@ -174,6 +230,7 @@ class WeightSharing(NaturalGradientMaker):
         if "weight_sharing" in state_dict:
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
             self.fisher_maker.draws = state_dict["weight_sharing"].get("draws", 0)
+        self._last_update = dict(state_dict.get("last_update", {}))
         self.state["step"] = state_dict["step"]
 
     # ------------------------------------------------------------------------------------ curvature
@@ -184,14 +241,28 @@ class WeightSharing(NaturalGradientMaker):
         self.fisher_maker.decay = scale
 
     def update_curvature(self) -> None:
-        self.fisher_maker.decay = 1.0
+        config, maker = self._training, self.fisher_maker
+        maker.decay = 1.0
+        maker.least_weight = config.ema_decay if config is not None and config.unbiased else None
+        maker.plan.max_side = None if config is None else config.max_side
         super().update_curvature()
+
+    def delegate_forward_and_backward(self, other: Any, *args: Any, **kwargs: Any) -> Any:
+        # Upstream has weighed the new curvature by its scale; an average without bias weighs both
+        # when the new one is there.
+        if getattr(other, "least_weight", None) is not None:
+            kwargs["scale"] = self.scale
+        return super().delegate_forward_and_backward(other, *args, **kwargs)
 
     @full_precision()
     def update_preconditioner(self, *args: Any, **kwargs: Any) -> None:
         """Upstream's, with the factors restored to the last bit after damping was added and taken
         away again.
         """
+        config = self._training
+        if config is not None and config.relative_damping and not args and not kwargs:
+            self._update_relative_inverses(config.damping)
+            return
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [
             ("the model", self.model)
         ]
@@ -227,6 +298,26 @@ class WeightSharing(NaturalGradientMaker):
         finally:
             for _, view, copy in saved:
                 view.copy_(copy)
+        self._report_zero(matrices)
+
+    def _update_relative_inverses(self, damping: float) -> None:
+        matrices = [
+            (layer.name, matrix)
+            for shape, ranks in zip(_module_level_shapes, self.partitions, strict=True)
+            for layer, rank in zip(self.plan.layers_of(shape), ranks, strict=False)
+            if rank == self.world_rank
+            and (matrix := self._get_module_fisher(layer.module)) is not None
+        ]
+        if (matrix := self._get_module_fisher(self.model)) is not None:
+            matrices.append(("the model", matrix))
+        kept = update_inverses(matrices, damping)
+        if kept and not self._failure_reported:
+            self._failure_reported = True
+            warn(
+                f"Layer '{kept[0]}': its curvature plus damping {damping} is not positive definite, "
+                f"in float64 either ({len(kept)} matrices). The last inverse that there was stays; "
+                "more damping avoids this."
+            )
         self._report_zero(matrices)
 
     def _without_inverse(self) -> list[str]:
@@ -376,7 +467,27 @@ class WeightSharing(NaturalGradientMaker):
                 if p.grad is not None:
                     p.grad.div_(dist.get_world_size(self.sync_group))
             self._all_reduce_grad(self.model)
-        super().precondition(*args, **kwargs)
+        with self._step_length(given=bool(args or kwargs.get("vectors"))):
+            super().precondition(*args, **kwargs)
+
+    def _step_length(self, given: bool) -> contextlib.AbstractContextManager[None]:
+        config = self._training
+        if config is None or given or not (config.graft or config.kl_clip is not None):
+            return contextlib.nullcontext()
+        if config.graft:
+            return grafted(self._layer_grads)
+        assert config.kl_clip is not None
+        return clipped(self._layer_grads, config.kl_clip, config.learning_rate)
+
+    def _layer_grads(self) -> list[Tensor]:
+        """The gradients of all layers that are preconditioned."""
+        parameters = [
+            p
+            for layer in self.plan.layers
+            for module in dict.fromkeys([layer.module, *(m for _, m in layer.tied)])
+            for p in parameters_of(module)
+        ]
+        return [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
 
     def all_gather_or_reduce_grad(self) -> None:
         gather = NaturalGradientMaker.all_gather_or_reduce_grad
@@ -437,6 +548,8 @@ def check(maker: WeightSharing) -> None:
     if config.damping < 0:
         raise ValueError(f"damping has to be at least 0, got {config.damping!r}.")
     check_data_size(config.data_size)
+    if maker._training is not None:
+        check_training_config(config)
     if maker.do_accumulate and not 0 < config.ema_decay <= 1:
         raise ValueError(
             f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay!r}."

@@ -90,6 +90,8 @@ class Plan:
         self.model = model
         self._kronecker_only = kronecker_only
         self.setting: str | None = None
+        # Kronecker factors of a larger side are block diagonals (:mod:`~.capped`).
+        self.max_side: int | None = None
         self.layouts = LayoutBook()
         self.skipped: dict[str, str] = {}
         self.unsupported: dict[str, str] = {}

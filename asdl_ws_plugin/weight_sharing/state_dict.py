@@ -57,6 +57,8 @@ def curvature_state(model: nn.Module, attr: str) -> dict[str, dict[str, Any]]:
         state[name] = {key: value for key, value in entries.items() if value is not None}
         if hasattr(matrix, "trained"):  # the parameters that the curvature is of
             state[name]["trained"] = list(matrix.trained)
+        if hasattr(matrix, "updates"):
+            state[name]["updates"] = matrix.updates
     return state
 
 
@@ -100,6 +102,8 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
         matrix = corrected(SymMatrix(**values))
         if "trained" in entry:
             matrix.trained = tuple(entry["trained"])
+        if "updates" in entry:
+            matrix.updates = entry["updates"]
         matrices.append((module, matrix))
     for module in modules.values():
         if hasattr(module, attr):
@@ -144,11 +148,19 @@ def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
     weight = module.weight
     for key, size in (("kron.A", weight[0].numel()), ("kron.B", weight.shape[0])):
         for found in (entry.get(key), entry.get(f"{key}_inv")):
-            if found is not None and found.shape[-1] != size:
+            if found is not None and not _fits(found, size):
                 raise ValueError(
                     f"The state has {key} of sizes {tuple(found.shape)} for the module '{name}', "
                     f"whose weight is of sizes {tuple(weight.shape)}."
                 )
+
+
+def _fits(factor: Tensor, side: int) -> bool:
+    """Whether a factor of a weight of this side may be of these sizes: whole, or in blocks."""
+    if factor.ndim == 2:
+        return factor.shape[-1] == side
+    count, size, _ = factor.shape
+    return size == -(-side // count)
 
 
 def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
