@@ -36,6 +36,7 @@ from .matrices import (
     pairs,
     precondition_bias,
     share_inverses,
+    tensors,
 )
 from .positions import take_own_positions
 from .registry import supported_classes
@@ -51,6 +52,7 @@ from .state_dict import (
     rank_state,
 )
 from .step_length import clipped, grafted
+from .trust import StepTrust
 from .training_config import TrainingConfig, at_step, check_training_config
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
@@ -68,6 +70,10 @@ class WeightSharing(NaturalGradientMaker):
     _own_config: PreconditioningConfig
 
     # ------------------------------------------------------------------------------- configuration
+
+    @functools.cached_property
+    def _trust(self) -> StepTrust:
+        return StepTrust()
 
     @functools.cached_property
     def _last_update(self) -> dict[str, int]:
@@ -261,7 +267,7 @@ class WeightSharing(NaturalGradientMaker):
         """
         config = self._training
         if config is not None and config.relative_damping and not args and not kwargs:
-            self._update_relative_inverses(config.damping)
+            self._update_relative_inverses(config)
             return
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [
             ("the model", self.model)
@@ -300,25 +306,38 @@ class WeightSharing(NaturalGradientMaker):
                 view.copy_(copy)
         self._report_zero(matrices)
 
-    def _update_relative_inverses(self, damping: float) -> None:
-        matrices = [
-            (layer.name, matrix)
+    def _update_relative_inverses(self, config: TrainingConfig) -> None:
+        if config.trust is not None:
+            self._trust.update(config.damping, config.trust)
+        owned = [
+            layer
             for shape, ranks in zip(_module_level_shapes, self.partitions, strict=True)
             for layer, rank in zip(self.plan.layers_of(shape), ranks, strict=False)
             if rank == self.world_rank
-            and (matrix := self._get_module_fisher(layer.module)) is not None
         ]
-        if (matrix := self._get_module_fisher(self.model)) is not None:
-            matrices.append(("the model", matrix))
-        kept = update_inverses(matrices, damping)
+        matrices = [
+            (name, matrix, self._relative_damping(module, matrix))
+            for name, module in [
+                *((layer.name, layer.module) for layer in owned),
+                ("the model", self.model),
+            ]
+            if (matrix := self._get_module_fisher(module)) is not None
+        ]
+        kept = update_inverses(matrices)
         if kept and not self._failure_reported:
             self._failure_reported = True
             warn(
-                f"Layer '{kept[0]}': its curvature plus damping {damping} is not positive definite, "
-                f"in float64 either ({len(kept)} matrices). The last inverse that there was stays; "
+                f"Layer '{kept[0]}': its curvature plus damping is not positive definite, in "
+                f"float64 either ({len(kept)} matrices). The last inverse that there was stays; "
                 "more damping avoids this."
             )
-        self._report_zero(matrices)
+        self._report_zero([(name, matrix) for name, matrix, _ in matrices])
+
+    def _relative_damping(self, module: nn.Module, matrix: SymMatrix) -> Tensor:
+        like = tensors(matrix)[0]
+        if self.config.trust is not None and module is not self.model:
+            return self._trust.damping(module, like)
+        return torch.full((), self.config.damping, dtype=like.dtype, device=like.device)
 
     def _without_inverse(self) -> list[str]:
         """Names of the layers whose inverse is missing, in the order of inversion."""
@@ -469,6 +488,10 @@ class WeightSharing(NaturalGradientMaker):
             self._all_reduce_grad(self.model)
         with self._step_length(given=bool(args or kwargs.get("vectors"))):
             super().precondition(*args, **kwargs)
+            config, step = self._training, self.state["step"]
+            if config is not None and config.trust is not None:
+                # one of the next step's questions: how long this step will have been
+                self._trust.note([layer.module for layer in self.plan.layers])
 
     def _step_length(self, given: bool) -> contextlib.AbstractContextManager[None]:
         config = self._training

@@ -26,7 +26,7 @@ class _Job:
 
     name: str
     data: Tensor
-    damping: float
+    damping: Tensor
     # Where the inverse belongs: objects and their attributes.
     places: list[tuple[Any, str]]
 
@@ -40,7 +40,7 @@ class _Job:
 
 
 @torch.no_grad()
-def update_inverses(matrices: Iterable[tuple[str, SymMatrix]], damping: float) -> list[str]:
+def update_inverses(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[str]:
     """Replace the inverses of matrices by those of their data, which are not changed.
 
     Kronecker factors get ``sqrt(damping)`` times their mean eigenvalue added to their diagonals, so
@@ -49,13 +49,12 @@ def update_inverses(matrices: Iterable[tuple[str, SymMatrix]], damping: float) -
     inverted in float64; where that fails, too, the old inverse stays.
 
     Args:
-        matrices: names and matrices.
-        damping: the fraction.
+        matrices: names, matrices, and their dampings: the fraction, a scalar.
 
     Returns:
         The names of those whose old inverse, or none, stays.
     """
-    jobs = _jobs(matrices, damping)
+    jobs = _jobs(matrices)
     devices = {job.data.device for job in jobs}
     return [
         name
@@ -64,26 +63,26 @@ def update_inverses(matrices: Iterable[tuple[str, SymMatrix]], damping: float) -
     ]
 
 
-def _jobs(matrices: Iterable[tuple[str, SymMatrix]], damping: float) -> list[_Job]:
-    jobs: dict[tuple[int, float], _Job] = {}
-    for name, matrix in matrices:
-        parts: list[tuple[Any, str, str, float]] = [(matrix, "data", "inv", damping)]
+def _jobs(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
+    jobs: dict[tuple[int, int], _Job] = {}
+    for name, matrix, damping in matrices:
+        parts: list[tuple[Any, str, str, Tensor]] = [(matrix, "data", "inv", damping)]
         if matrix.kron is not None:
-            parts += [(matrix.kron, "A", "A_inv", damping**0.5)]
-            parts += [(matrix.kron, "B", "B_inv", damping**0.5)]
+            parts += [(matrix.kron, "A", "A_inv", damping.sqrt())]
+            parts += [(matrix.kron, "B", "B_inv", damping.sqrt())]
         if matrix.unit is not None:
             parts += [(matrix.unit, "data", "inv", damping)]
         for holder, attribute, inverse, part_damping in parts:
             data = getattr(holder, attribute)
             if data is not None:
-                job = jobs.setdefault((id(data), part_damping), _Job(name, data, part_damping, []))
+                job = jobs.setdefault((id(data), id(damping)), _Job(name, data, part_damping, []))
                 job.places.append((holder, inverse))
         if matrix.diag is not None:
             _invert_diagonal(matrix.diag, damping)
     return list(jobs.values())
 
 
-def _invert_diagonal(diag: Any, damping: float) -> None:
+def _invert_diagonal(diag: Any, damping: Tensor) -> None:
     for kind in ("weight", "bias"):
         data = getattr(diag, kind)
         if data is not None:
@@ -104,9 +103,7 @@ def _update(jobs: list[_Job]) -> list[str]:
     flags: list[Tensor] = []
     for indices in stacks.values():
         counts = [len(jobs[i].blocks) for i in indices]
-        shifts = torch.stack([means[i] for i in indices]) * means[indices[0]].new_tensor(
-            [jobs[i].damping for i in indices]
-        )
+        shifts = torch.stack([means[i] * jobs[i].damping for i in indices])
         stack = torch.cat([jobs[i].blocks for i in indices])
         by_block = shifts.repeat_interleave(shifts.new_tensor(counts, dtype=torch.long))
         stack.diagonal(dim1=-2, dim2=-1).add_(by_block.unsqueeze(1))

@@ -58,6 +58,7 @@ class TrainingConfig(PreconditioningConfig):
     preconditioner_upd_interval: Any = 1
     unbiased: bool = False
     relative_damping: bool = False
+    trust: float | None = None
     early_updates: int = 0
     graft: bool = False
     kl_clip: float | None = None
@@ -72,8 +73,9 @@ def recommended(**options: Any) -> TrainingConfig:
         options: any of :class:`TrainingConfig`, in the place of the preset's.
     """
     preset: dict[str, Any] = {
-        "damping": 1e-2,
+        "damping": 1e-3,
         "relative_damping": True,
+        "trust": 1.0,
         "ema_decay": 0.05,
         "unbiased": True,
         "curvature_upd_interval": 5,
