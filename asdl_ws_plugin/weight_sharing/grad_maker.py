@@ -48,8 +48,10 @@ from .state_dict import (
     curvature_state,
     load_curvature_state,
     load_plan_state,
+    load_training_state,
     plan_state,
     rank_state,
+    training_state,
 )
 from .step_length import clipped, grafted
 from .trust import StepTrust
@@ -143,15 +145,18 @@ class WeightSharing(NaturalGradientMaker):
         and the step count as they were.
         """
         check_setup(self, needs_loss=True)
-        step = self.state["step"]
+        step, last = self.state["step"], dict(self._last_update)
         due = {
             "curvature": self.do_update_curvature(step),
             "preconditioner": self.do_update_preconditioner(step),
         }
-        with self._undone_on_error():
-            result = super().forward_and_backward()
         self._last_update.update({what: step for what, is_due in due.items() if is_due})
-        return result
+        try:
+            with self._undone_on_error():
+                return super().forward_and_backward()
+        except BaseException:
+            self._last_update = last
+            raise
 
     @contextlib.contextmanager
     def _undone_on_error(self) -> Iterator[None]:
@@ -209,11 +214,12 @@ class WeightSharing(NaturalGradientMaker):
 
         Tensors are references, as in ``torch.optim``.
         """
+        training = {"training": training_state(self)} if self._training is not None else {}
         return {
             **super().state_dict(),
+            **training,
             "curvature": curvature_state(self.model, self._fisher_attr),
             "rank": rank_state(self),
-            "last_update": dict(self._last_update),
             "weight_sharing": {
                 **plan_state(self.plan, self.fisher_maker.unseen),
                 "draws": self.fisher_maker.draws,
@@ -236,7 +242,8 @@ class WeightSharing(NaturalGradientMaker):
         if "weight_sharing" in state_dict:
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
             self.fisher_maker.draws = state_dict["weight_sharing"].get("draws", 0)
-        self._last_update = dict(state_dict.get("last_update", {}))
+        if self._training is not None and "training" in state_dict:
+            load_training_state(self, state_dict["training"])
         self.state["step"] = state_dict["step"]
 
     # ------------------------------------------------------------------------------------ curvature
@@ -486,12 +493,18 @@ class WeightSharing(NaturalGradientMaker):
                 if p.grad is not None:
                     p.grad.div_(dist.get_world_size(self.sync_group))
             self._all_reduce_grad(self.model)
-        with self._step_length(given=bool(args or kwargs.get("vectors"))):
+        given = bool(args or kwargs.get("vectors"))
+        with self._step_length(given):
             super().precondition(*args, **kwargs)
-            config, step = self._training, self.state["step"]
-            if config is not None and config.trust is not None:
-                # one of the next step's questions: how long this step will have been
-                self._trust.note([layer.module for layer in self.plan.layers])
+            self._note_step(given)
+
+    def _note_step(self, given: bool) -> None:
+        config = self._training
+        if config is None or config.trust is None or given:
+            return
+        # The next update of the inverses will ask; the weights are kept for this one step.
+        if self.do_update_preconditioner(self.state["step"] + 1):
+            self._trust.note(layer.module for layer in self.plan.layers)
 
     def _step_length(self, given: bool) -> contextlib.AbstractContextManager[None]:
         config = self._training

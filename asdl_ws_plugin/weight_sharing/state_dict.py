@@ -20,8 +20,10 @@ __all__ = [
     "curvature_state",
     "load_curvature_state",
     "load_plan_state",
+    "load_training_state",
     "plan_state",
     "rank_state",
+    "training_state",
 ]
 
 # key in the state -> where it is in a SymMatrix, and how its constructor calls it
@@ -57,8 +59,6 @@ def curvature_state(model: nn.Module, attr: str) -> dict[str, dict[str, Any]]:
         state[name] = {key: value for key, value in entries.items() if value is not None}
         if hasattr(matrix, "trained"):  # the parameters that the curvature is of
             state[name]["trained"] = list(matrix.trained)
-        if hasattr(matrix, "updates"):
-            state[name]["updates"] = matrix.updates
     return state
 
 
@@ -102,8 +102,6 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
         matrix = corrected(SymMatrix(**values))
         if "trained" in entry:
             matrix.trained = tuple(entry["trained"])
-        if "updates" in entry:
-            matrix.updates = entry["updates"]
         matrices.append((module, matrix))
     for module in modules.values():
         if hasattr(module, attr):
@@ -140,6 +138,30 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
     for _, matrix in matrices:
         if any(inverse is None for _, inverse in pairs(matrix)):
             matrix.update_inv(maker.config.damping)
+
+
+def training_state(maker: Any) -> dict[str, Any]:
+    """What a :class:`~.training_config.TrainingConfig` goes by: when the last updates were, how many
+    each layer's average has seen, and the damping of each layer with the optimizer's last step.
+    """
+    names = {module: name for name, module in maker.model.named_modules()}
+    matrices = {name: maker._get_module_fisher(module) for module, name in names.items()}
+    return {
+        "last_update": dict(maker._last_update),
+        "updates": {
+            name: matrix.updates for name, matrix in matrices.items() if hasattr(matrix, "updates")
+        },
+        "trust": maker._trust.state_dict(names),
+    }
+
+
+def load_training_state(maker: Any, state: dict[str, Any]) -> None:
+    """The inverse of :func:`training_state`; after the curvature was loaded."""
+    modules = dict(maker.model.named_modules())
+    maker._last_update = dict(state["last_update"])
+    for name, updates in state["updates"].items():
+        maker._get_module_fisher(modules[name]).updates = updates
+    maker._trust.load_state_dict(state["trust"], modules)
 
 
 def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:

@@ -17,57 +17,71 @@ from torch import Tensor, nn
 
 __all__ = ["StepTrust"]
 
-# By how much the damping changes in one update at most. The length of a damped step is proportional
+# By how much a damping changes in one update at most. The length of a damped step is proportional
 # to 1 / damping where damping is large, so there an update by the ratio of the lengths is exact.
 _MOST = 4.0
-_START, _LARGEST = 10.0, 1e4
+# The first steps are the raw gradient's.
+_START, _LARGEST = 1e3, 1e6
 
 
 class StepTrust:
-    """The relative damping of every layer.
-
-    Args:
-        least: the smallest damping.
-        ratio: K-FAC's own step ``(F + λ)⁻¹ g`` is made this many times as long as the optimizer's.
-    """
+    """The relative damping of every layer."""
 
     def __init__(self) -> None:
-        self.dampings: dict[nn.Module, Tensor] = {}
+        self._dampings: dict[nn.Module, Tensor] = {}
+        # of the last step, where the weights were before it, and how long K-FAC's own was
         self._before: dict[nn.Module, Tensor] = {}
         self._lengths: dict[nn.Module, Tensor] = {}
 
     def damping(self, module: nn.Module, like: Tensor) -> Tensor:
         """Of a layer; a scalar on the device of ``like``, its curvature."""
-        if module not in self.dampings:
-            self.dampings[module] = torch.full((), _START, dtype=like.dtype, device=like.device)
-        return self.dampings[module]
+        if module not in self._dampings:
+            self._dampings[module] = torch.full((), _START, dtype=like.dtype, device=like.device)
+        return self._dampings[module]
 
     @torch.no_grad()
     def note(self, modules: Iterable[Any]) -> None:
-        """After a step was preconditioned, before its length is changed: how long it is, and where
-        the parameters are.
-        """
+        """Remember a step that was preconditioned, before its length is changed or it is made."""
         trainable = [m for m in modules if m.weight.grad is not None]
         self._before = {m: m.weight.detach().clone() for m in trainable}
-        if trainable:
-            norms = torch._foreach_norm([m.weight.grad for m in trainable])
-            self._lengths = dict(zip(trainable, norms, strict=True))
+        norms = torch._foreach_norm([m.weight.grad for m in trainable]) if trainable else []
+        self._lengths = dict(zip(trainable, norms, strict=True))
 
     @torch.no_grad()
     def update(self, least: float, ratio: float) -> None:
-        """Move the dampings to where K-FAC's last step would have been as long as the optimizer's.
+        """Move the dampings to where K-FAC's step is ``ratio`` times as long as the optimizer's.
 
-        Where the parameters did not move, as between micro-batches, it stays.
+        A layer whose weight did not move, as between micro-batches, keeps its damping.
+
+        Args:
+            least: the smallest damping.
         """
-        modules: list[Any] = list(self._before)
+        modules: list[Any] = [m for m in self._before if m in self._dampings]
         if not modules:
             return
-        moved = torch._foreach_sub([m.weight.detach() for m in modules], list(self._before.values()))
+        moved = torch._foreach_sub(
+            [m.weight.detach() for m in modules], [self._before[m] for m in modules]
+        )
         for module, made in zip(modules, torch._foreach_norm(moved), strict=True):
-            damping = self.dampings.get(module)
-            if damping is None:
-                continue
-            factor = self._lengths[module] / (ratio * made)
-            factor = torch.where(made > 0, factor, 1.0).nan_to_num(1.0).clamp(1 / _MOST, _MOST)
-            self.dampings[module] = (damping * factor).clamp(least, _LARGEST)
+            factor = (self._lengths[module] / (ratio * made)).clamp(1 / _MOST, _MOST)
+            factor = torch.where(made > 0, factor, 1.0)
+            self._dampings[module] = (self._dampings[module] * factor).clamp(least, _LARGEST)
         self._before = {}
+
+    def state_dict(self, names: dict[nn.Module, str]) -> dict[str, dict[str, Tensor]]:
+        """Tensors by the names of the modules."""
+        return {
+            kind: {names[module]: tensor for module, tensor in getattr(self, f"_{kind}").items()}
+            for kind in ("dampings", "before", "lengths")
+        }
+
+    def load_state_dict(
+        self, state: dict[str, dict[str, Tensor]], modules: dict[str, nn.Module]
+    ) -> None:
+        """The inverse of :meth:`state_dict`; copies the tensors to where the modules are."""
+        for kind, tensors in state.items():
+            loaded = {}
+            for name, tensor in tensors.items():
+                module: Any = modules[name]
+                loaded[module] = tensor.detach().to(module.weight.device, copy=True)
+            setattr(self, f"_{kind}", loaded)
