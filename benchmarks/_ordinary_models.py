@@ -138,9 +138,7 @@ class _Seq2Seq(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(words, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.1)
-        self.transformer = nn.Transformer(
-            width, 4, 1, 1, 2 * width, dropout=0.0, batch_first=True
-        )
+        self.transformer = nn.Transformer(width, 4, 1, 1, 2 * width, dropout=0.0, batch_first=True)
         self.head = nn.Linear(width, words)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
@@ -191,7 +189,9 @@ def lstm() -> Task:
 # ----------------------------------------------------------------------------------------- images
 
 
-def _images(generator: torch.Generator, batch: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
+def _images(
+    generator: torch.Generator, batch: int, size: int, classes: int
+) -> tuple[Tensor, Tensor]:
     """Noise with one of ``classes`` patterns of 6 x 6 somewhere in it."""
     patterns = torch.randn(classes, 3, 6, 6, generator=torch.Generator().manual_seed(7))
     labels = _tokens(generator, batch, high=classes)

@@ -35,9 +35,7 @@ from rich.table import Table
 import asdl_ws_plugin
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "NAdamW": functools.partial(
-        torch.optim.NAdam, weight_decay=0.01, decoupled_weight_decay=True
-    ),
+    "NAdamW": functools.partial(torch.optim.NAdam, weight_decay=0.01, decoupled_weight_decay=True),
     "AdamW": torch.optim.AdamW,
     "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
 }
@@ -156,9 +154,13 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS)
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--preset", default="recommended", help="options in the place of its own, as JSON")
+    parser.add_argument(
+        "--preset", default="recommended", help="options in the place of its own, as JSON"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/defaults.json"))
     parser.add_argument("--quick", action="store_true", help="3 steps of each, one seed")
     options = parser.parse_args(arguments)

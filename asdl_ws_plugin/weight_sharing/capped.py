@@ -57,7 +57,7 @@ def _diagonal(factor: Callable[[Any, Tensor], Tensor], module: Any, data: Tensor
 
 
 def identity(side: int, max_side: int | None, **options: Any) -> Tensor:
-    """The identity as a factor of this side, whole or in blocks; ``options`` are of ``torch.eye``."""
+    """The identity as a factor of this side, whole or in blocks; ``options`` as ``torch.eye``'s."""
     count = num_blocks(side, max_side)
     size = -(-side // count)
     eye = torch.eye(size, **options)
@@ -69,7 +69,7 @@ def identity(side: int, max_side: int | None, **options: Any) -> Tensor:
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
-    """``matrix @ vectors``, the matrix ``(P, P)`` or blocks ``(k, b, b)``, the vectors ``(P, n)``."""
+    """``matrix @ vectors``: the matrix ``(P, P)`` or blocks ``(k, b, b)``, vectors ``(P, n)``."""
     if matrix.ndim == 2:
         return matrix @ vectors
     count, size, _ = matrix.shape

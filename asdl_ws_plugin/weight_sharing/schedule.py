@@ -13,8 +13,9 @@ def is_due(step: int, last: int | None, interval: int, early_updates: int) -> bo
         last: the step of the last update, ``None`` if there was none. Asked again for that step, it
             is still due.
         interval: how far updates are apart in the end.
-        early_updates: on that many first steps there is an update each; after it, at step t, updates
-            are ``t // early_updates`` steps apart, as long as that is less than ``interval``.
+        early_updates: on that many first steps there is an update each; after it, at step t,
+            updates are ``t // early_updates`` steps apart, as long as that is less than
+            ``interval``.
     """
     if last is None or step == last:
         return True

@@ -141,8 +141,8 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
 
 
 def training_state(maker: Any) -> dict[str, Any]:
-    """What a :class:`~.training_config.TrainingConfig` goes by: when the last updates were, how many
-    each layer's average has seen, and the damping of each layer with the optimizer's last step.
+    """What a :class:`~.training_config.TrainingConfig` goes by: when the last updates were, how
+    many each layer's average has seen, and each layer's damping with the optimizer's last step.
     """
     names = {module: name for name, module in maker.model.named_modules()}
     matrices = {name: maker._get_module_fisher(module) for module, name in names.items()}

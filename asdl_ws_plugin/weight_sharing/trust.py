@@ -3,8 +3,8 @@
 The step that lowers a quadratic model of the loss the most, among all that are as long as the
 optimizer's, is ``(F + λ)⁻¹ g`` with the λ that makes it as long (Levenberg and Marquardt). With a
 small learning rate that is a large λ and the direction is the gradient's: what a short step changes
-is not limited by curvature. With a large one λ is small and the direction is K-FAC's. Nothing has to
-be said of the optimizer: its step is read off the parameters.
+is not limited by curvature. With a large one λ is small and the direction is K-FAC's. Nothing has
+to be said of the optimizer: its step is read off the parameters.
 """
 
 from __future__ import annotations
