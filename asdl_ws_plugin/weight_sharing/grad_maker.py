@@ -316,8 +316,6 @@ class WeightSharing(NaturalGradientMaker):
         self._report_zero(matrices)
 
     def _update_relative_inverses(self, config: TrainingConfig) -> None:
-        if config.trust is not None:
-            self._trust.update(config.damping, config.trust)
         owned = [
             layer
             for shape, ranks in zip(_module_level_shapes, self.partitions, strict=True)
@@ -343,10 +341,11 @@ class WeightSharing(NaturalGradientMaker):
         self._report_zero([(name, matrix) for name, matrix, _ in matrices])
 
     def _relative_damping(self, module: nn.Module, matrix: SymMatrix) -> Tensor:
+        config = self.config
+        if config.trust is not None and module is not self.model:
+            return self._trust.damping(module, matrix, config.damping, config.trust)
         like = tensors(matrix)[0]
-        if self.config.trust is not None and module is not self.model:
-            return self._trust.damping(module, like)
-        return torch.full((), self.config.damping, dtype=like.dtype, device=like.device)
+        return torch.full((), config.damping, dtype=like.dtype, device=like.device)
 
     def _without_inverse(self) -> list[str]:
         """Names of the layers whose inverse is missing, in the order of inversion."""
@@ -496,6 +495,8 @@ class WeightSharing(NaturalGradientMaker):
                     p.grad.div_(dist.get_world_size(self.sync_group))
             self._all_reduce_grad(self.model)
         given = bool(args or kwargs.get("vectors"))
+        if not given:
+            self._trust.measure()
         with self._step_length(given):
             super().precondition(*args, **kwargs)
             self._note_step(given)
@@ -504,8 +505,9 @@ class WeightSharing(NaturalGradientMaker):
         config = self._training
         if config is None or config.trust is None or given:
             return
-        # The next update of the inverses will ask; the weights are kept for this one step.
-        if self.do_update_preconditioner(self.state["step"] + 1):
+        # Weights are kept for a step from time to time.
+        step = self.state["step"] + 1
+        if self.do_update_preconditioner(step) or self.do_update_curvature(step):
             self._trust.note(layer.module for layer in self.plan.layers)
 
     def _step_length(self, given: bool) -> contextlib.AbstractContextManager[None]:

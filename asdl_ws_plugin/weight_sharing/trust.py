@@ -1,10 +1,11 @@
-"""How much K-FAC trusts its curvature: damping by the length of the step that the optimizer makes.
+"""How much K-FAC trusts its curvature: damping by what the optimizer's own steps leave.
 
-The step that lowers a quadratic model of the loss the most, among all that are as long as the
-optimizer's, is ``(F + λ)⁻¹ g`` with the λ that makes it as long (Levenberg and Marquardt). With a
-small learning rate that is a large λ and the direction is the gradient's: what a short step changes
-is not limited by curvature. With a large one λ is small and the direction is K-FAC's. Nothing has
-to be said of the optimizer: its step is read off the parameters.
+Of all steps as long as Δ, the one that lowers a quadratic model of the loss the most solves
+``(F + λ) Δ = -g`` for some λ (Levenberg and Marquardt). The gradient after that step is
+``g + F Δ = -λ Δ``, so ``λ = -g₊ᵀ Δ / ΔᵀΔ``: what slope is left along the step, by its length. It can
+be read off every layer: Δ is how its weight moved, g₊ is its next gradient, whose noise has nothing
+to do with Δ. Where steps are short, as at a small learning rate, λ is large and the direction is the
+gradient's: short steps are not limited by curvature. Where they are long it is K-FAC's.
 """
 
 from __future__ import annotations
@@ -13,75 +14,91 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
-__all__ = ["StepTrust"]
+__all__ = ["StepTrust", "mean_eigenvalue"]
 
-# By how much a damping changes in one update at most. The length of a damped step is proportional
-# to 1 / damping where damping is large, so there an update by the ratio of the lengths is exact.
-_MOST = 4.0
-# The first steps are the raw gradient's.
-_START, _LARGEST = 1e3, 1e6
+# An average forgets with this weight of the new value, and is then as good as that of 19 values.
+_WEIGHT, _NUM_VALUES = 0.1, 19
+# Before so many values nothing is known of their noise.
+_FEWEST = 3
+# How many standard errors are added to the mean slope, for too little damping costs more than too
+# much of it.
+_ERRORS = 2.0
+# A relative damping that leaves the gradient's direction as it is.
+_LARGEST = 1e8
+
+
+def mean_eigenvalue(matrix: SymMatrix) -> Tensor:
+    """Of a layer's curvature, a scalar on its device; of Kronecker factors the product's."""
+    factors = [data for data in (matrix.data, matrix.unit and matrix.unit.data) if data is not None]
+    if matrix.kron is not None:
+        factors += [data for data in matrix.kron.data if data is not None]
+    if factors:
+        return torch.stack([f.diagonal(dim1=-2, dim2=-1).mean() for f in factors]).prod()
+    return torch.cat([d.flatten() for d in matrix.diag.data if d is not None]).mean()
 
 
 class StepTrust:
-    """The relative damping of every layer."""
+    """The slope that steps leave, ``-g₊ᵀ Δ``, its square, and the steps' ``ΔᵀΔ``: averages for every
+    layer.
+    """
 
     def __init__(self) -> None:
-        self._dampings: dict[nn.Module, Tensor] = {}
-        # of the last step, where the weights were before it, and how long K-FAC's own was
+        self._averages: dict[nn.Module, Tensor] = {}  # the three of them
+        self._counts: dict[nn.Module, int] = {}
         self._before: dict[nn.Module, Tensor] = {}
-        self._lengths: dict[nn.Module, Tensor] = {}
-
-    def damping(self, module: nn.Module, like: Tensor) -> Tensor:
-        """Of a layer; a scalar on the device of ``like``, its curvature."""
-        if module not in self._dampings:
-            self._dampings[module] = torch.full((), _START, dtype=like.dtype, device=like.device)
-        return self._dampings[module]
 
     @torch.no_grad()
     def note(self, modules: Iterable[Any]) -> None:
-        """Remember a step that was preconditioned, before its length is changed or it is made."""
-        trainable = [m for m in modules if m.weight.grad is not None]
-        self._before = {m: m.weight.detach().clone() for m in trainable}
-        norms = torch._foreach_norm([m.weight.grad for m in trainable]) if trainable else []
-        self._lengths = dict(zip(trainable, norms, strict=True))
+        """Before a step that :meth:`measure` will be about: where the weights are."""
+        self._before = {m: m.weight.detach().clone() for m in modules if m.weight.grad is not None}
 
     @torch.no_grad()
-    def update(self, least: float, ratio: float) -> None:
-        """Move the dampings to where K-FAC's step is ``ratio`` times as long as the optimizer's.
-
-        A layer whose weight did not move, as between micro-batches, keeps its damping.
-
-        Args:
-            least: the smallest damping.
-        """
-        modules: list[Any] = [m for m in self._before if m in self._dampings]
-        if not modules:
-            return
-        moved = torch._foreach_sub(
-            [m.weight.detach() for m in modules], [self._before[m] for m in modules]
-        )
-        for module, made in zip(modules, torch._foreach_norm(moved), strict=True):
-            factor = (self._lengths[module] / (ratio * made)).clamp(1 / _MOST, _MOST)
-            factor = torch.where(made > 0, factor, 1.0)
-            self._dampings[module] = (self._dampings[module] * factor).clamp(least, _LARGEST)
+    def measure(self) -> None:
+        """After that step, with the raw gradients of the next one."""
+        for module, before in self._before.items():
+            weight: Any = module.weight
+            if weight.grad is None:
+                continue
+            step = weight.detach() - before
+            slope = -(step * weight.grad).sum()
+            new = torch.stack([slope, slope.square(), step.square().sum()])
+            count = self._counts[module] = self._counts.get(module, 0) + 1
+            old = self._averages.get(module, new)
+            self._averages[module] = old.lerp(new, max(_WEIGHT, 1 / count))
         self._before = {}
 
-    def state_dict(self, names: dict[nn.Module, str]) -> dict[str, dict[str, Tensor]]:
-        """Tensors by the names of the modules."""
+    @torch.no_grad()
+    def damping(self, module: nn.Module, matrix: SymMatrix, least: float, trust: float) -> Tensor:
+        """Of a layer, relative to its mean eigenvalue: ``λ / trust``, but at least ``least``."""
+        mean = mean_eigenvalue(matrix)
+        count = self._counts.get(module, 0)
+        if count < _FEWEST:
+            return torch.full_like(mean, _LARGEST)
+        slope, square, length = self._averages[module]
+        error = ((square - slope.square()).clamp(min=0) / min(count, _NUM_VALUES)).sqrt()
+        relative = (slope + _ERRORS * error) / (trust * length * mean)
+        # Nothing moved yet, as between micro-batches, or the curvature is zero.
+        return relative.nan_to_num(_LARGEST, _LARGEST).clamp(least, _LARGEST)
+
+    def state_dict(self, names: dict[nn.Module, str]) -> dict[str, dict[str, Any]]:
+        """Tensors and counts by the names of the modules."""
         return {
-            kind: {names[module]: tensor for module, tensor in getattr(self, f"_{kind}").items()}
-            for kind in ("dampings", "before", "lengths")
+            kind: {names[module]: value for module, value in getattr(self, f"_{kind}").items()}
+            for kind in ("averages", "counts", "before")
         }
 
     def load_state_dict(
-        self, state: dict[str, dict[str, Tensor]], modules: dict[str, nn.Module]
+        self, state: dict[str, dict[str, Any]], modules: dict[str, nn.Module]
     ) -> None:
         """The inverse of :meth:`state_dict`; copies the tensors to where the modules are."""
-        for kind, tensors in state.items():
+        for kind, values in state.items():
             loaded = {}
-            for name, tensor in tensors.items():
+            for name, value in values.items():
                 module: Any = modules[name]
-                loaded[module] = tensor.detach().to(module.weight.device, copy=True)
+                if isinstance(value, Tensor):
+                    value = value.detach().to(module.weight.device, copy=True)
+                loaded[module] = value
             setattr(self, f"_{kind}", loaded)
