@@ -64,8 +64,8 @@ def identity(side: int, max_side: int | None, **options: Any) -> Tensor:
     if count == 1:
         return eye
     blocks = eye.repeat(count, 1, 1)
-    blocks.diagonal(dim1=-2, dim2=-1).view(-1)[side:] = 0.0
-    return blocks
+    is_padding = torch.arange(count * size, device=eye.device).view(count, size) >= side
+    return blocks.masked_fill_(is_padding.unsqueeze(1), 0.0)
 
 
 def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:

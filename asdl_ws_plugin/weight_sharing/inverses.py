@@ -107,6 +107,9 @@ def _update(jobs: list[_Job]) -> list[str]:
         by_block = shifts.repeat_interleave(shifts.new_tensor(counts, dtype=torch.long))
         stack.diagonal(dim1=-2, dim2=-1).add_(by_block.unsqueeze(1))
         factor, info = torch.linalg.cholesky_ex(stack)
+        # What has no decomposition would end the inversion of all.
+        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+        factor = torch.where((info != 0).view(-1, 1, 1), eye, factor)
         parts = torch.cholesky_inverse(factor).split(counts)
         for i, part, found in zip(indices, parts, info.split(counts), strict=True):
             inverses[i] = part.view_as(jobs[i].data)

@@ -12,7 +12,13 @@ from typing import Any
 
 from asdl.precondition.prec_grad_maker import PreconditioningConfig
 
-__all__ = ["TrainingConfig", "at_step", "check_training_config", "recommended"]
+__all__ = [
+    "TrainingConfig",
+    "at_step",
+    "check_training_config",
+    "recommended",
+    "refuse_training_config",
+]
 
 # Options that may be callables of the step.
 _BY_STEP = (
@@ -40,6 +46,10 @@ class TrainingConfig(PreconditioningConfig):
             so that it means the same for every layer, scale of the loss and stage of training. The
             factors A and B get ``sqrt(damping)`` of their own mean eigenvalues, which is ASDL's
             split of that product by π.
+        trust: ``damping`` is the least of dampings that follow the optimizer's steps (see
+            :mod:`~.trust`): where those are too short for curvature to matter, the direction is the
+            gradient's. More trust means less damping; 1 is what a quadratic model calls for.
+            ``None``: the damping is ``damping``.
         early_updates: curvature and inverses are updated on each of this many first steps, then ever
             more rarely (at step t, every ``t // early_updates`` steps) until the intervals are
             reached.
@@ -75,7 +85,7 @@ def recommended(**options: Any) -> TrainingConfig:
     preset: dict[str, Any] = {
         "damping": 1e-3,
         "relative_damping": True,
-        "trust": 1.0,
+        "trust": 2.0,
         "ema_decay": 0.05,
         "unbiased": True,
         "curvature_upd_interval": 5,
@@ -85,6 +95,17 @@ def recommended(**options: Any) -> TrainingConfig:
         "max_side": 1024,
     }
     return TrainingConfig(**{**preset, **options})
+
+
+def refuse_training_config(*arguments: Any) -> None:
+    """Raise a ValueError if one of a gradient maker's arguments is a :class:`TrainingConfig`, of
+    which ASDL's own makers would read a part only.
+    """
+    if any(isinstance(argument, TrainingConfig) for argument in arguments):
+        raise ValueError(
+            "A TrainingConfig, as recommended() makes it, needs shared_dim: 'expand', 'reduce', "
+            "'auto' or a list of rules. Without weight sharing all of them are the same."
+        )
 
 
 class _AtStep:
@@ -122,6 +143,10 @@ def check_training_config(config: Any) -> None:
         )
     if config.unbiased and config.ema_decay == -1:
         raise ValueError("unbiased is of the moving average, which needs ema_decay.")
+    if config.trust is not None and config.trust <= 0:
+        raise ValueError(f"trust has to be greater than 0, got {config.trust!r}.")
+    if config.trust is not None and not config.relative_damping:
+        raise ValueError("trust sets a relative damping: it needs relative_damping=True.")
     if config.kl_clip is None:
         return
     if config.kl_clip <= 0:
