@@ -16,7 +16,7 @@ import torch
 from asdl.symmatrix import SymMatrix
 from torch import Tensor
 
-__all__ = ["update_inverses"]
+__all__ = ["split_damping", "update_inverses"]
 
 
 @dataclass
@@ -38,12 +38,23 @@ class _Job:
             setattr(holder, attribute, inverse)
 
 
+def split_damping(damping: Tensor) -> Tensor:
+    """The relative damping of each of two factors that stands for one of their product.
+
+    With δ of each factor, ``(1 + δ)² / δ² = (1 + damping) / damping``: an eigenvector of mean
+    eigenvalues is shortened by the factors as it is by the damped product, whatever the damping. A
+    small one is split into square roots, as ASDL does (by π, which is the ratio of the means); of a
+    large one, where ``sqrt(damping)`` would precondition far too much, each factor gets twice.
+    """
+    return damping + (damping.square() + damping).sqrt()
+
+
 @torch.no_grad()
 def update_inverses(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[str]:
     """Replace the inverses of matrices by those of their data, which are not changed.
 
-    Kronecker factors get ``sqrt(damping)`` times their mean eigenvalue added to their diagonals, so
-    that their product gets ``damping`` times its own; everything else gets the latter. A matrix
+    ``damping`` times the mean eigenvalue is added to the diagonals, for Kronecker factors as
+    :func:`split_damping` has it. A matrix
     that is exactly zero gets no inverse. One that is not positive definite in its own precision is
     inverted in float64; where that fails, too, the old inverse stays.
 
@@ -67,8 +78,8 @@ def _jobs(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
     for name, matrix, damping in matrices:
         parts: list[tuple[Any, str, str, Tensor]] = [(matrix, "data", "inv", damping)]
         if matrix.kron is not None:
-            parts += [(matrix.kron, "A", "A_inv", damping.sqrt())]
-            parts += [(matrix.kron, "B", "B_inv", damping.sqrt())]
+            split = split_damping(damping)
+            parts += [(matrix.kron, "A", "A_inv", split), (matrix.kron, "B", "B_inv", split)]
         if matrix.unit is not None:
             parts += [(matrix.unit, "data", "inv", damping)]
         for holder, attribute, inverse, part_damping in parts:

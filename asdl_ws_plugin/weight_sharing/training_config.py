@@ -43,12 +43,11 @@ class TrainingConfig(PreconditioningConfig):
             Upstream's starts from zero, so that its first inverses are up to ``1 / ema_decay**2``
             times too large.
         relative_damping: ``damping`` is a fraction of the mean eigenvalue of a layer's curvature,
-            so that it means the same for every layer, scale of the loss and stage of training. The
-            factors A and B get ``sqrt(damping)`` of their own mean eigenvalues, which is ASDL's
-            split of that product by π.
+            so that it means the same for every layer, scale of the loss and stage of training
+            (:func:`~.inverses.split_damping` has the factors' shares).
         trust: ``damping`` is the least of dampings that follow the optimizer's steps (see
             :mod:`~.trust`): where those are too short for curvature to matter, the direction is the
-            gradient's. More trust means less damping; 1 is what a quadratic model calls for.
+            gradient's. The damping that a quadratic model calls for is divided by ``trust``.
             ``None``: the damping is ``damping``.
         early_updates: curvature and inverses are updated on each of this many first steps, then ever
             more rarely (at step t, every ``t // early_updates`` steps) until the intervals are
@@ -85,7 +84,7 @@ def recommended(**options: Any) -> TrainingConfig:
     preset: dict[str, Any] = {
         "damping": 1e-3,
         "relative_damping": True,
-        "trust": 2.0,
+        "trust": 30.0,
         "ema_decay": 0.05,
         "unbiased": True,
         "curvature_upd_interval": 5,

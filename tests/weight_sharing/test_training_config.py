@@ -8,6 +8,7 @@ gradient, and for the trust the exact solution of a quadratic.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -149,6 +150,11 @@ def test_damping_decay_and_intervals_may_be_functions_of_the_step():
 # ---------------------------------------------------------------------------- inverses and damping
 
 
+def split(damping: float) -> float:
+    """δ with ((1 + δ) / δ)² = (1 + damping) / damping."""
+    return 1 / (math.sqrt(1 + 1 / damping) - 1)
+
+
 def test_relative_damping_is_a_fraction_of_the_mean_eigenvalue_whatever_the_scale():
     model = network()
     config = asdl_ws_plugin.TrainingConfig(damping=0.04, ema_decay=1.0, relative_damping=True)
@@ -158,7 +164,7 @@ def test_relative_damping_is_a_fraction_of_the_mean_eigenvalue_whatever_the_scal
         kron = model[0].fisher.kron
         for factor, inverse in ((kron.A, kron.A_inv), (kron.B, kron.B_inv)):
             mean = torch.linalg.eigvalsh(factor).mean()
-            expected = torch.linalg.inv(factor + 0.2 * mean * torch.eye(len(factor)))
+            expected = torch.linalg.inv(factor + split(0.04) * mean * torch.eye(len(factor)))
             torch.testing.assert_close(inverse, expected, rtol=1e-9, atol=0)
 
 
@@ -179,7 +185,7 @@ def test_equal_sizes_are_inverted_like_single_ones_and_the_data_stay():
         for name in ("A", "B"):
             data = getattr(m.kron, name)
             assert torch.equal(data, getattr(old.kron, name))
-            shifted = data + 0.3 * data.diagonal().mean() * torch.eye(len(data))
+            shifted = data + split(0.09) * data.diagonal().mean() * torch.eye(len(data))
             expected = torch.linalg.inv(shifted)
             torch.testing.assert_close(getattr(m.kron, f"{name}_inv"), expected, rtol=1e-9, atol=0)
 
@@ -328,7 +334,7 @@ def test_a_model_with_capped_factors_is_preconditioned_by_their_blocks():
     assert kron.A.shape == (2, 3, 3) and kron.B.shape == (3, 3, 3)
 
     def inverse(blocks: Tensor, side: int) -> Tensor:
-        shift = 0.2 * blocks.diagonal(dim1=-2, dim2=-1).mean()
+        shift = split(0.04) * blocks.diagonal(dim1=-2, dim2=-1).mean()
         return torch.linalg.inv(dense(blocks, side) + shift * torch.eye(side))
 
     expected = inverse(kron.B, 9) @ raw[0] @ inverse(kron.A, 5)
