@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from asdl.matrices import SHAPE_KFE
 from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
-from asdl.precondition.prec_grad_maker import PreconditioningConfig
 from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ from ._warn import warn
 from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
 from .factors import full_precision
 from .fisher_maker import WeightSharingFisherMaker, check_batch, check_data_size, check_setup
-from .inverses import update_inverses
 from .matrices import (
     copy_inverses,
     diagonals,
@@ -37,12 +35,10 @@ from .matrices import (
     pairs,
     precondition_bias,
     share_inverses,
-    tensors,
 )
 from .positions import take_own_positions
 from .registry import supported_classes
 from .rules import matches_any
-from .schedule import is_due
 from .state_dict import (
     check_strategies,
     complete_inverses,
@@ -54,9 +50,8 @@ from .state_dict import (
     rank_state,
     training_state,
 )
-from .step_length import clipped, grafted
-from .training_config import TrainingConfig, at_step, check_training_config
-from .trust import StepTrust
+from .training import TrainingOptions
+from .training_config import check_training_config
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -64,59 +59,12 @@ __all__ = ["WeightSharing", "weight_sharing_class"]
 _KEEPS_RANKS_IN_STEP = hasattr(NaturalGradientMaker, "average_over_ranks")
 
 
-class WeightSharing(NaturalGradientMaker):
+class WeightSharing(TrainingOptions):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
     _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
-    _failure_reported = False
-    _own_config: PreconditioningConfig
-
-    # ------------------------------------------------------------------------------- configuration
-
-    @functools.cached_property
-    def _trust(self) -> StepTrust:
-        return StepTrust()
-
-    @functools.cached_property
-    def _last_update(self) -> dict[str, int]:
-        """The steps of the last updates of curvature and inverses."""
-        return {}
-
-    @property
-    def config(self) -> Any:
-        """The configuration as it is at this step: functions of the step are numbers here."""
-        return at_step(self._own_config, self.state["step"] if "state" in self.__dict__ else 0)
-
-    @config.setter
-    def config(self, config: PreconditioningConfig) -> None:
-        self._own_config = config
-
-    @property
-    def _training(self) -> TrainingConfig | None:
-        """The configuration, if it has more options than ASDL's."""
-        return self.config if isinstance(self._own_config, TrainingConfig) else None
-
-    def do_update_curvature(self, step: int | None = None) -> bool:
-        config = self._training
-        if config is None or config.num_total_steps is not None:
-            return super().do_update_curvature(step)
-        if config.curvature_upd_interval is None:
-            return self.do_update_preconditioner(step)
-        return self._is_due("curvature", config.curvature_upd_interval, step)
-
-    def do_update_preconditioner(self, step: int | None = None) -> bool:
-        config = self._training
-        if config is None or config.num_total_steps is not None:
-            return super().do_update_preconditioner(step)
-        return self._is_due("preconditioner", config.preconditioner_upd_interval, step)
-
-    def _is_due(self, what: str, interval: int, step: int | None) -> bool:
-        step = self.state["step"] if step is None else step
-        if step < getattr(self.config, f"{what}_warmup_steps"):
-            return True
-        return is_due(step, self._last_update.get(what), interval, self.config.early_updates)
 
     # --------------------------------------------------------------------------------- what is read
 
@@ -147,18 +95,8 @@ class WeightSharing(NaturalGradientMaker):
         and the step count as they were.
         """
         check_setup(self, needs_loss=True)
-        step, last = self.state["step"], dict(self._last_update)
-        due = {
-            "curvature": self.do_update_curvature(step),
-            "preconditioner": self.do_update_preconditioner(step),
-        }
-        self._last_update.update({what: step for what, is_due in due.items() if is_due})
-        try:
-            with self._undone_on_error():
-                return super().forward_and_backward()
-        except BaseException:
-            self._last_update = last
-            raise
+        with self._noting_updates(), self._undone_on_error():
+            return super().forward_and_backward()
 
     @contextlib.contextmanager
     def _undone_on_error(self) -> Iterator[None]:
@@ -240,12 +178,12 @@ class WeightSharing(NaturalGradientMaker):
         check_strategies(self.plan, state_dict.get("weight_sharing", {}))
         if "curvature" in state_dict:
             load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
+            if self._training is not None and "training" in state_dict:
+                load_training_state(self, state_dict["training"])
             complete_inverses(self, state_dict)
         if "weight_sharing" in state_dict:
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
             self.fisher_maker.draws = state_dict["weight_sharing"].get("draws", 0)
-        if self._training is not None and "training" in state_dict:
-            load_training_state(self, state_dict["training"])
         self.state["step"] = state_dict["step"]
 
     # ------------------------------------------------------------------------------------ curvature
@@ -256,18 +194,8 @@ class WeightSharing(NaturalGradientMaker):
         self.fisher_maker.decay = scale
 
     def update_curvature(self) -> None:
-        config, maker = self._training, self.fisher_maker
-        maker.decay = 1.0
-        maker.least_weight = config.ema_decay if config is not None and config.unbiased else None
-        maker.plan.max_side = None if config is None else config.max_side
+        self.fisher_maker.decay = 1.0
         super().update_curvature()
-
-    def delegate_forward_and_backward(self, other: Any, *args: Any, **kwargs: Any) -> Any:
-        # Upstream has weighed the new curvature by its scale; an average without bias weighs both
-        # when the new one is there.
-        if getattr(other, "least_weight", None) is not None:
-            kwargs["scale"] = self.scale
-        return super().delegate_forward_and_backward(other, *args, **kwargs)
 
     @full_precision()
     def update_preconditioner(self, *args: Any, **kwargs: Any) -> None:
@@ -276,7 +204,7 @@ class WeightSharing(NaturalGradientMaker):
         """
         config = self._training
         if config is not None and config.relative_damping and not args and not kwargs:
-            self._update_relative_inverses(config)
+            self._report_zero(self._update_relative_inverses())
             return
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [
             ("the model", self.model)
@@ -314,38 +242,6 @@ class WeightSharing(NaturalGradientMaker):
             for _, view, copy in saved:
                 view.copy_(copy)
         self._report_zero(matrices)
-
-    def _update_relative_inverses(self, config: TrainingConfig) -> None:
-        owned = [
-            layer
-            for shape, ranks in zip(_module_level_shapes, self.partitions, strict=True)
-            for layer, rank in zip(self.plan.layers_of(shape), ranks, strict=False)
-            if rank == self.world_rank
-        ]
-        matrices = [
-            (name, matrix, self._relative_damping(module, matrix))
-            for name, module in [
-                *((layer.name, layer.module) for layer in owned),
-                ("the model", self.model),
-            ]
-            if (matrix := self._get_module_fisher(module)) is not None
-        ]
-        kept = update_inverses(matrices)
-        if kept and not self._failure_reported:
-            self._failure_reported = True
-            warn(
-                f"Layer '{kept[0]}': its curvature plus damping is not positive definite, in "
-                f"float64 either ({len(kept)} matrices). The last inverse that there was stays; "
-                "more damping avoids this."
-            )
-        self._report_zero([(name, matrix) for name, matrix, _ in matrices])
-
-    def _relative_damping(self, module: nn.Module, matrix: SymMatrix) -> Tensor:
-        config = self.config
-        if config.trust is not None and module is not self.model:
-            return self._trust.damping(module, matrix, config.damping, config.trust)
-        like = tensors(matrix)[0]
-        return torch.full((), config.damping, dtype=like.dtype, device=like.device)
 
     def _without_inverse(self) -> list[str]:
         """Names of the layers whose inverse is missing, in the order of inversion."""
@@ -495,39 +391,8 @@ class WeightSharing(NaturalGradientMaker):
                     p.grad.div_(dist.get_world_size(self.sync_group))
             self._all_reduce_grad(self.model)
         given = bool(args or kwargs.get("vectors"))
-        if not given:
-            self._trust.measure()
-        with self._step_length(given):
+        with contextlib.nullcontext() if given else self._step():
             super().precondition(*args, **kwargs)
-            self._note_step(given)
-
-    def _note_step(self, given: bool) -> None:
-        config = self._training
-        if config is None or config.trust is None or given:
-            return
-        # Weights are kept for a step from time to time.
-        step = self.state["step"] + 1
-        if self.do_update_preconditioner(step) or self.do_update_curvature(step):
-            self._trust.note(layer.module for layer in self.plan.layers)
-
-    def _step_length(self, given: bool) -> contextlib.AbstractContextManager[None]:
-        config = self._training
-        if config is None or given or not (config.graft or config.kl_clip is not None):
-            return contextlib.nullcontext()
-        if config.graft:
-            return grafted(self._layer_grads)
-        assert config.kl_clip is not None
-        return clipped(self._layer_grads, config.kl_clip, config.learning_rate)
-
-    def _layer_grads(self) -> list[Tensor]:
-        """The gradients of all layers that are preconditioned."""
-        parameters = [
-            p
-            for layer in self.plan.layers
-            for module in dict.fromkeys([layer.module, *(m for _, m in layer.tied)])
-            for p in parameters_of(module)
-        ]
-        return [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
 
     def all_gather_or_reduce_grad(self) -> None:
         gather = NaturalGradientMaker.all_gather_or_reduce_grad

@@ -134,6 +134,9 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
         for module, rank in zip(maker.modules_for(shape), partition, strict=False)
         if rank == maker.world_rank and (matrix := maker._get_module_fisher(module)) is not None
     ]
+    if getattr(maker.config, "relative_damping", False):
+        maker._update_relative_inverses()
+        return
     share_inverses(matrices)
     for _, matrix in matrices:
         if any(inverse is None for _, inverse in pairs(matrix)):

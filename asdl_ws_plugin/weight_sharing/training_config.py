@@ -140,8 +140,12 @@ def check_training_config(config: Any) -> None:
         raise ValueError(
             "early_updates and num_total_steps are two schedules of the same updates; leave one out."
         )
-    if config.unbiased and config.ema_decay == -1:
-        raise ValueError("unbiased is of the moving average, which needs ema_decay.")
+    if (config.unbiased or config.relative_damping) and config.ema_decay == -1:
+        raise ValueError("unbiased and relative_damping are of an average, which needs ema_decay.")
+    if config.max_side is not None and not config.relative_damping:
+        raise ValueError(
+            "ASDL's damping is of whole factors: max_side needs relative_damping=True."
+        )
     if config.trust is not None and config.trust <= 0:
         raise ValueError(f"trust has to be greater than 0, got {config.trust!r}.")
     if config.trust is not None and not config.relative_damping:

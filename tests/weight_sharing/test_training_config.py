@@ -8,6 +8,7 @@ gradient, and for the trust the exact solution of a quadratic.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from typing import Any
@@ -111,7 +112,7 @@ def test_early_updates_are_frequent_and_grow_to_the_interval():
         if is_due(t, updates[-1] if updates else None, interval=10, early_updates=20):
             updates.append(t)
     assert updates[:20] == list(range(20))
-    gaps = [b - a for a, b in zip(updates, updates[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(updates)]
     assert gaps == sorted(gaps) and gaps[-1] == 10
 
 
@@ -142,7 +143,7 @@ def test_damping_decay_and_intervals_may_be_functions_of_the_step():
     for k in range(6):
         step(maker, model, seed=k)
         inverses.append(model[0].fisher.kron.A_inv.clone())
-    changed = [not torch.equal(a, b) for a, b in zip(inverses, inverses[1:], strict=False)]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(inverses)]
     assert changed == [True, True, False, True, False]
     assert set(seen) >= {0, 1, 2, 4}
 
@@ -389,7 +390,8 @@ def test_a_training_that_is_interrupted_goes_on_exactly(max_side: int | None, tm
         ({"ema_decay": -1}, "which needs ema_decay"),
         ({"num_total_steps": 10, "preconditioner_upd_interval": 1}, "two schedules"),
         ({"trust": 0.0}, "trust has to be greater than 0"),
-        ({"relative_damping": False}, "trust .* needs relative_damping"),
+        ({"relative_damping": False, "trust": None}, "max_side needs"),
+        ({"relative_damping": False, "max_side": None}, "trust .* needs relative_damping"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str):
