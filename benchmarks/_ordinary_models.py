@@ -1,4 +1,4 @@
-"""A dozen ordinary models, each with a small task that it can learn, from its library's own modules.
+"""A dozen ordinary models, each with a small task that it can learn, of its library's modules.
 
 A task is made of a seed. Its batches depend on the seed and the step alone, so that all contenders
 see the same. Labels follow from the inputs by a rule; nothing is downloaded.

@@ -1,8 +1,9 @@
 """Damped inverses of many curvature matrices at once.
 
 The damping is relative: a fraction of a matrix's own mean eigenvalue, so that a matrix is inverted
-alike whatever it is multiplied with. Matrices of equal size are one stack ``(k, n, n)`` with one Cholesky decomposition and one inversion; what the
-checks found is read back from the device once for all of them.
+alike whatever it is multiplied with. Matrices of equal size are one stack ``(k, n, n)`` with one
+Cholesky decomposition and one inversion; what the checks found is read back from the device once
+for all of them.
 """
 
 from __future__ import annotations

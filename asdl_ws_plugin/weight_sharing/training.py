@@ -1,4 +1,4 @@
-"""What a gradient maker does otherwise if its configuration is a :class:`~.training_config.TrainingConfig`.
+"""What a gradient maker does otherwise with a :class:`~.training_config.TrainingConfig`.
 
 When curvature and inverses are updated, the average without bias, relative damping, and how long a
 preconditioned step is. With ASDL's own configuration, upstream's methods run.

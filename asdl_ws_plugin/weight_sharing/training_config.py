@@ -34,8 +34,8 @@ _BY_STEP = (
 class TrainingConfig(PreconditioningConfig):
     """A ``PreconditioningConfig`` with what a training that holds its step needs.
 
-    ``damping``, ``ema_decay`` and the two intervals may be numbers or functions of the step (an int,
-    from 0).
+    ``damping``, ``ema_decay`` and the two intervals may be numbers or functions of the step (an
+    int, from 0).
 
     Args:
         unbiased: the moving average gives the k-th update of a layer the weight
@@ -49,9 +49,9 @@ class TrainingConfig(PreconditioningConfig):
             :mod:`~.trust`): where those are too short for curvature to matter, the direction is the
             gradient's. The damping that a quadratic model calls for is divided by ``trust``.
             ``None``: the damping is ``damping``.
-        early_updates: curvature and inverses are updated on each of this many first steps, then ever
-            more rarely (at step t, every ``t // early_updates`` steps) until the intervals are
-            reached.
+        early_updates: curvature and inverses are updated on each of this many first steps, then
+            ever more rarely (at step t, every ``t // early_updates`` steps) until the intervals
+            are reached.
         graft: every parameter's gradient keeps the norm that it had before it was preconditioned,
             so that a learning rate and ``clip_grad_norm_`` mean what they mean without K-FAC.
         kl_clip: the most that ``learning_rate**2 * Σ gᵀ F⁻¹ g``, twice the Kullback-Leibler
@@ -138,7 +138,7 @@ def check_training_config(config: Any) -> None:
         raise ValueError(f"max_side has to be at least 1, got {config.max_side!r}.")
     if config.early_updates and config.num_total_steps is not None:
         raise ValueError(
-            "early_updates and num_total_steps are two schedules of the same updates; leave one out."
+            "early_updates and num_total_steps are two schedules of one thing; leave one out."
         )
     if (config.unbiased or config.relative_damping) and config.ema_decay == -1:
         raise ValueError("unbiased and relative_damping are of an average, which needs ema_decay.")

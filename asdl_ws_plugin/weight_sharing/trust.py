@@ -2,10 +2,11 @@
 
 Of all steps as long as Δ, the one that lowers a quadratic model of the loss the most solves
 ``(F + λ) Δ = -g`` for some λ (Levenberg and Marquardt). The gradient after that step is
-``g + F Δ = -λ Δ``, so ``λ = -g₊ᵀ Δ / ΔᵀΔ``: what slope is left along the step, by its length. It can
-be read off every layer: Δ is how its weight moved, g₊ is its next gradient, whose noise has nothing
-to do with Δ. Where steps are short, as at a small learning rate, λ is large and the direction is the
-gradient's: short steps are not limited by curvature. Where they are long it is K-FAC's.
+``g + F Δ = -λ Δ``, so ``λ = -g₊ᵀ Δ / ΔᵀΔ``: what slope is left along the step, by its length. It
+can be read off every layer: Δ is how its weight moved, g₊ is its next gradient, whose noise has
+nothing to do with Δ. Where steps are short, as at a small learning rate, λ is large and the
+direction is the gradient's: short steps are not limited by curvature. Where they are long it is
+K-FAC's.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ def mean_eigenvalue(matrix: SymMatrix) -> Tensor:
 
 
 class StepTrust:
-    """The slope that steps leave, ``-g₊ᵀ Δ``, its square, and the steps' ``ΔᵀΔ``: averages for every
-    layer.
-    """
+    """Averages for every layer: the slope that steps leave, ``-g₊ᵀ Δ``, its square, and ``ΔᵀΔ``."""
 
     def __init__(self) -> None:
         self._averages: dict[nn.Module, Tensor] = {}  # the three of them
