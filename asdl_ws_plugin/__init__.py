@@ -17,6 +17,7 @@ if is_native():
     adopt_native_modules()
 
 from ._torchvision import make_importable as mend_torchvision  # noqa: E402
+from . import kronecker  # noqa: E402
 from .conversion.attention import MultiheadAttention  # noqa: E402
 from .conversion.convert import convert, register_converter, revert  # noqa: E402
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
@@ -75,6 +76,7 @@ __all__ = [
     "get_fisher_maker",
     "inspect",
     "mend_torchvision",
+    "kronecker",
     "padding",
     "recommended",
     "register",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .blocks import input_group
 from .capped import BlockDiagonalKron
+from .torch_private import version_of
 
 __all__ = ["KFE", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
 
@@ -67,6 +68,7 @@ class UnitWise(symmatrix.UnitWise):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Upstream's, for a bias or a weight alone too."""
         blocks = self.inv if use_inv else self.data  # (units, weights of a unit + bias, same)
         units = blocks.shape[0]
         vectors = vec_weight.reshape(units, -1)
@@ -91,6 +93,7 @@ class LayerWise(SymMatrix):
 
     @property
     def has_inv(self) -> bool:
+        """Whether the inverse is there."""
         return self.inv is not None
 
     def mvp(
@@ -101,6 +104,7 @@ class LayerWise(SymMatrix):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> ParamVector | list[Tensor]:
+        """Multiply with the block or its inverse."""
         if vectors is not None:
             return super().mvp(vectors=vectors, use_inv=use_inv, inplace=inplace)
         given = [vec for vec in (vec_weight, vec_bias) if vec is not None]
@@ -247,11 +251,11 @@ class _SharedA:
         if (
             not self._made_of
             or self._made_of[0] is not A
-            or self._made_of[1:] != (A._version, damping, eps)
+            or self._made_of[1:] != (version_of(A), damping, eps)
         ):
             stand_in = symmatrix.Kron(A, self.mean_B.view(1, 1))
             stand_in.update_inv(damping, calc_B_inv=False, eps=eps)
-            self._inverse, self._made_of = stand_in.A_inv, (A, A._version, damping, eps)
+            self._inverse, self._made_of = stand_in.A_inv, (A, version_of(A), damping, eps)
         return self._inverse
 
 
