@@ -16,8 +16,8 @@ require_asdl()
 if is_native():
     adopt_native_modules()
 
-from ._torchvision import make_importable as mend_torchvision  # noqa: E402
 from . import kronecker  # noqa: E402
+from ._torchvision import make_importable as mend_torchvision  # noqa: E402
 from .conversion.attention import MultiheadAttention  # noqa: E402
 from .conversion.convert import convert, register_converter, revert  # noqa: E402
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
@@ -75,8 +75,8 @@ __all__ = [
     "convert",
     "get_fisher_maker",
     "inspect",
-    "mend_torchvision",
     "kronecker",
+    "mend_torchvision",
     "padding",
     "recommended",
     "register",
