@@ -61,6 +61,7 @@ class TrainingOptions(NaturalGradientMaker):
         return self.config if isinstance(self._own_config, TrainingConfig) else None
 
     def do_update_curvature(self, step: int | None = None) -> bool:
+        """Whether a step, by default the next one, computes curvature."""
         config = self._training
         if config is None or config.num_total_steps is not None:
             return super().do_update_curvature(step)
@@ -69,6 +70,7 @@ class TrainingOptions(NaturalGradientMaker):
         return self._is_due("curvature", config.curvature_upd_interval, step)
 
     def do_update_preconditioner(self, step: int | None = None) -> bool:
+        """Whether a step, by default the next one, computes inverses."""
         config = self._training
         if config is None or config.num_total_steps is not None:
             return super().do_update_preconditioner(step)
@@ -98,12 +100,14 @@ class TrainingOptions(NaturalGradientMaker):
     # ------------------------------------------------------------------------------------ curvature
 
     def update_curvature(self) -> None:
+        """Upstream's, with an average and factors as the configuration has them."""
         config, maker = self._training, self.fisher_maker
         maker.least_weight = config.ema_decay if config is not None and config.unbiased else None
         maker.plan.max_side = None if config is None else config.max_side
         super().update_curvature()
 
     def delegate_forward_and_backward(self, other: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's."""
         # Upstream has weighed the new curvature by its scale; an average without bias weighs both
         # when the new one is there.
         if getattr(other, "least_weight", None) is not None:
