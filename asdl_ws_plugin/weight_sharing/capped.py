@@ -90,6 +90,7 @@ class BlockDiagonalKron(symmatrix.Kron):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """``B V A``, or with ``use_inv`` that of the inverses; ``B v`` for a bias."""
         A, B = (self.A_inv, self.B_inv) if use_inv else (self.A, self.B)
         product = multiply(B, vec_weight.reshape(vec_weight.shape[0], -1))
         weight = multiply(A, product.mT).mT.reshape(vec_weight.shape)
