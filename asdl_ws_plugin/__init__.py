@@ -17,6 +17,7 @@ if is_native():
     adopt_native_modules()
 
 from . import kronecker  # noqa: E402
+from ._torchvision import make_importable as mend_torchvision  # noqa: E402
 from .conversion.attention import MultiheadAttention  # noqa: E402
 from .conversion.convert import convert, register_converter, revert  # noqa: E402
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
@@ -48,6 +49,7 @@ from .weight_sharing.positions import (  # noqa: E402
 )
 from .weight_sharing.ragged import Segments, set_backend  # noqa: E402
 from .weight_sharing.registry import register_operation  # noqa: E402
+from .weight_sharing.training_config import TrainingConfig, recommended  # noqa: E402
 
 __all__ = [
     "FISHER_FORWARD_ONLY",
@@ -65,6 +67,7 @@ __all__ = [
     "Preconditioner",
     "Report",
     "Segments",
+    "TrainingConfig",
     "UnitWiseNaturalGradientMaker",
     "WeightSharingLinear",
     "__version__",
@@ -75,7 +78,9 @@ __all__ = [
     "get_fisher_maker",
     "inspect",
     "kronecker",
+    "mend_torchvision",
     "padding",
+    "recommended",
     "register",
     "register_converter",
     "register_operation",

@@ -210,6 +210,12 @@ def _accept_shared_dim(init: Callable[..., None], with_it: Callable[..., None]) 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, shared_dim: Any = None, **kwargs: Any) -> None:
         if shared_dim is None:
+            from .weight_sharing.training_config import refuse_training_config
+
+            if not hasattr(
+                type(self), "shared_dim_for"
+            ):  # else a constructor above this one had it
+                refuse_training_config(*args, *kwargs.values())
             init(self, *args, **kwargs)
             return
         from .makers import construct, mixed_in

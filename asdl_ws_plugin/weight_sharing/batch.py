@@ -30,6 +30,7 @@ from torch.autograd.graph import Node
 from . import factors
 from .arrange import Arranged, arranged_input
 from .blocks import LinearBlock, input_group, lent_to, parameters_of
+from .capped import capped, identity
 from .capture import Call, Layer, Record, last_nodes
 from .errors import LayerError, LayerRuntimeError
 from .plan import Plan
@@ -82,6 +83,7 @@ class Batch:
         self.scale_A = scale
         self.scale: Any = scale  # multiplies what the next backward passes bring
         self.fvp = fvp
+        self.max_side = plan.max_side
         self.context = OperationContext(vectors=vec)
         self._received: dict[nn.Module, list[Tensor | None]] = {}
         self._with_grads: set[nn.Module] = set()
@@ -221,15 +223,14 @@ class Batch:
             if layer.module not in self.record.calls:
                 continue
             weight: Any = layer.module.weight
-            identity = torch.eye(
+            B = identity(
                 weight.shape[0],
+                self.max_side,
                 device=weight.device,
                 dtype=factors.accumulation_dtype(weight.dtype),
             )
             operation = self.context.get_operation(layer.module)
-            operation.accumulate_result(
-                identity.mul_(self.num_examples * self.scale), OP_COV_KRON, "B"
-            )
+            operation.accumulate_result(B.mul_(self.num_examples * self.scale), OP_COV_KRON, "B")
             self._with_grads.add(layer.module)
 
 
@@ -267,6 +268,9 @@ def _operation_of(layer: Layer, plan: Plan, model: nn.Module, fvp: bool) -> Oper
         )
     operation = operation_class(layer.module, [name], model_for_kernel=model)
     operation.layer_name = layer.name
+    if plan.max_side is not None and operation.splits:
+        for method in ("cov_kron_A", "cov_kron_B"):
+            setattr(operation, method, capped(getattr(operation, method), plan.max_side))
     return operation
 
 

@@ -33,6 +33,7 @@ def collect(batch: Batch, unseen: Container[nn.Module]) -> list[tuple[nn.Module,
     results = [(module, corrected(matrix)) for module, matrix in matrices if matrix is not None]
     for module, matrix in results:
         matrix.trained = trained(module)
+        matrix.updates = 1
     _check_finite(results, batch.layers)
     return results
 
@@ -43,6 +44,7 @@ def commit(
     results: list[tuple[nn.Module, SymMatrix]],
     attr: str,
     decay: float | None,
+    least_weight: float | None = None,
 ) -> None:
     """Make curvature the modules' own.
 
@@ -51,11 +53,13 @@ def commit(
         attr: the modules' attribute.
         decay: the curvature of earlier batches is multiplied with it and added; ``None``: it is
             dropped.
+        least_weight: the k-th update of a matrix has the weight ``max(least_weight, 1 / k)`` in an
+            average without bias instead.
     """
     if decay is None:
         _drop(model, attr)
     else:
-        results = _merged(results, attr, decay)
+        results = _merged(results, attr, decay, least_weight)
     for module, matrix in results:
         setattr(module, attr, matrix)
 
@@ -82,7 +86,7 @@ def _drop(model: nn.Module, attr: str) -> None:
 
 
 def _merged(
-    results: list[tuple[nn.Module, SymMatrix]], attr: str, decay: float
+    results: list[tuple[nn.Module, SymMatrix]], attr: str, decay: float, least_weight: float | None
 ) -> list[tuple[nn.Module, SymMatrix]]:
     """The matrices with those of earlier batches added."""
     merged = []
@@ -91,7 +95,13 @@ def _merged(
         old = getattr(module, attr, None)
         # Else the layer was frozen or unfrozen: a new average.
         if old is not None and is_of(old, module):
-            new = merge(new, old, decay, shared)
+            updates = getattr(old, "updates", 0) + 1
+            if least_weight is None:
+                new = merge(new, old, decay, shared)
+            else:
+                weight = max(least_weight, 1 / updates)
+                new = merge(new, old, 1 - weight, shared, weight)
+            new.updates = updates
         merged.append((module, new))
     return merged
 

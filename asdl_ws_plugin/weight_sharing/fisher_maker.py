@@ -207,6 +207,8 @@ class WeightSharingFisherMaker(FisherMaker):
         # that the user has made.
         self.micro_batches: MicroBatches | None = None
         self.given: Captured | None = None
+        # Or, of an average without bias: the least weight that an update has.
+        self.least_weight: float | None = None
         self._unseen_report = UnseenReport(self.plan)
 
     @property
@@ -368,7 +370,8 @@ class WeightSharingFisherMaker(FisherMaker):
         self._commit(self.micro_batches.joined(self._is_forward_only), accumulate)
 
     def _commit(self, results: list[tuple[nn.Module, SymMatrix]], accumulate: bool) -> None:
-        commit(self.model, results, self.config.fisher_attr, self.decay if accumulate else None)
+        decay = self.decay if accumulate else None
+        commit(self.model, results, self.config.fisher_attr, decay, self.least_weight)
 
     def _add(
         self,

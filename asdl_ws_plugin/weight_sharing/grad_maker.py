@@ -48,9 +48,13 @@ from .state_dict import (
     curvature_state,
     load_curvature_state,
     load_plan_state,
+    load_training_state,
     plan_state,
     rank_state,
+    training_state,
 )
+from .training import TrainingOptions
+from .training_config import check_training_config
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -58,7 +62,7 @@ __all__ = ["WeightSharing", "weight_sharing_class"]
 _KEEPS_RANKS_IN_STEP = hasattr(NaturalGradientMaker, "average_over_ranks")
 
 
-class WeightSharing(NaturalGradientMaker):
+class WeightSharing(TrainingOptions):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
@@ -100,7 +104,7 @@ class WeightSharing(NaturalGradientMaker):
         """
         check_setup(self, needs_loss=True)
         if not accumulate and self.fisher_maker.micro_batches is None:
-            with self._undone_on_error():
+            with self._noting_updates(), self._undone_on_error():
                 return super().forward_and_backward()
         self.add_micro_batch()
         if not accumulate:
@@ -137,7 +141,7 @@ class WeightSharing(NaturalGradientMaker):
         """
         maker, step = self.fisher_maker, self.state["step"]
         try:
-            with self._undone_on_error(with_grads=False):
+            with self._noting_updates(), self._undone_on_error(with_grads=False):
                 self._startup()
                 self._commit_micro_batches()
                 if self.do_update_preconditioner(step):
@@ -231,8 +235,10 @@ class WeightSharing(NaturalGradientMaker):
 
         Tensors are references, as in ``torch.optim``.
         """
+        training = {"training": training_state(self)} if self._training is not None else {}
         return {
             **super().state_dict(),
+            **training,
             "curvature": curvature_state(self.model, self._fisher_attr),
             "rank": rank_state(self),
             "weight_sharing": {
@@ -253,6 +259,8 @@ class WeightSharing(NaturalGradientMaker):
         check_strategies(self.plan, state_dict.get("weight_sharing", {}))
         if "curvature" in state_dict:
             load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
+            if self._training is not None and "training" in state_dict:
+                load_training_state(self, state_dict["training"])
             complete_inverses(self, state_dict)
         if "weight_sharing" in state_dict:
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
@@ -276,6 +284,10 @@ class WeightSharing(NaturalGradientMaker):
         """Upstream's, with the factors restored to the last bit after damping was added and taken
         away again.
         """
+        config = self._training
+        if config is not None and config.relative_damping and not args and not kwargs:
+            self._report_zero(self._update_relative_inverses())
+            return
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [
             ("the model", self.model)
         ]
@@ -466,7 +478,9 @@ class WeightSharing(NaturalGradientMaker):
                 if p.grad is not None:
                     p.grad.div_(dist.get_world_size(self.sync_group))
             self._all_reduce_grad(self.model)
-        super().precondition(*args, **kwargs)
+        given = bool(args or kwargs.get("vectors"))
+        with contextlib.nullcontext() if given else self._step():
+            super().precondition(*args, **kwargs)
 
     def all_gather_or_reduce_grad(self) -> None:
         """Upstream's broadcast from the owners, of blocks and lent biases too."""
@@ -539,6 +553,8 @@ def check(maker: WeightSharing) -> None:
     if not (math.isfinite(maker.scale) and maker.scale > 0):
         raise ValueError(f"scale has to be a finite number above 0, got {maker.scale}.")
     check_data_size(config.data_size)
+    if maker._training is not None:
+        check_training_config(config)
     if maker.do_accumulate and not 0 < config.ema_decay <= 1:
         raise ValueError(f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay}.")
     for name, least in _WHOLE_NUMBERS.items():

@@ -14,6 +14,7 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from .blocks import input_group
+from .capped import BlockDiagonalKron
 from .torch_private import version_of
 
 __all__ = ["KFE", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
@@ -123,6 +124,11 @@ def corrected(matrix: SymMatrix) -> SymMatrix:
         )
     if matrix.unit is not None:
         matrix.unit = UnitWise(matrix.unit.data, matrix.unit.inv)
+    kron = matrix.kron
+    if kron is not None and any(
+        factor is not None and factor.ndim == 3 for factor in (*kron.data, kron.A_inv, kron.B_inv)
+    ):
+        matrix.kron = BlockDiagonalKron(kron.A, kron.B, kron.A_inv, kron.B_inv)
     if matrix.kfe is not None:
         matrix.kfe = KFE(matrix.kfe.Ua, matrix.kfe.Ub, matrix.kfe.scale)
     return matrix
@@ -197,10 +203,14 @@ def is_of(matrix: SymMatrix, module: nn.Module) -> bool:
 
 
 def merge(
-    new: SymMatrix, old: SymMatrix, decay: float, shared: dict[int, dict[int, Tensor]] | None = None
+    new: SymMatrix,
+    old: SymMatrix,
+    decay: float,
+    shared: dict[int, dict[int, Tensor]] | None = None,
+    weight: float = 1.0,
 ) -> SymMatrix:
-    """``new + decay * old`` in the place of ``new``, with the inverses of ``old``, which stays as
-    it is.
+    """``weight * new + decay * old`` in the place of ``new``, with the inverses of ``old``, which
+    stays as it is.
 
     This is upstream's ``mul_(decay)`` and ``+=`` in one pass that leaves the old matrix intact, so
     that a step that fails later can go back to it.
@@ -212,13 +222,19 @@ def merge(
                 raise ValueError("the accumulated and the new curvature are of different shapes")
             sums = (shared or {}).get(id(tensor))
             if sums is None:
-                tensor.add_(old_tensor.to(tensor), alpha=decay)
+                _weighed(tensor, weight).add_(old_tensor.to(tensor), alpha=decay)
             else:  # other matrices have this tensor, too
                 if id(old_tensor) not in sums:
-                    sums[id(old_tensor)] = tensor.add(old_tensor.to(tensor), alpha=decay)
+                    sums[id(old_tensor)] = tensor.mul(weight).add_(
+                        old_tensor.to(tensor), alpha=decay
+                    )
                 setattr(holder, data, sums[id(old_tensor)])
         setattr(holder, inv, getattr(old_holder, inv))
     return new
+
+
+def _weighed(tensor: Tensor, weight: float) -> Tensor:
+    return tensor if weight == 1.0 else tensor.mul_(weight)
 
 
 class _SharedA:

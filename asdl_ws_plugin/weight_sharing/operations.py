@@ -49,10 +49,12 @@ class WeightSharingOperation:
     Attributes:
         layer_name: of the layer, for messages.
         shares_A: layers of this operation that saw the same input have the same A.
+        splits: the factors of a part of the features are a block of the whole factors.
     """
 
     layer_name = ""
     shares_A = False
+    splits = False
 
     @staticmethod
     def num_feature_dims(module: Any) -> int:
@@ -76,6 +78,8 @@ class _SumOverPositions(WeightSharingOperation):
     """What does not depend on the approximation: everything that is made of the examples'
     gradients.
     """
+
+    splits = True
 
     def _only_kron(self) -> bool:
         """Whether nothing is asked for that is made of the examples' gradients."""
@@ -380,6 +384,7 @@ class _Foreign:
     """Goes before a user's operation: says which layer it failed for, and on what."""
 
     shares_A = False
+    splits = False
 
     def forward_post_process(self, in_data: Tensor, out_data: Any) -> None:
         try:

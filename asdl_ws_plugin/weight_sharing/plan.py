@@ -63,6 +63,8 @@ class Plan:
     ) -> None:
         self.model = model
         self.setting: str | None = None
+        # Kronecker factors of a larger side are block diagonals (:mod:`~.capped`).
+        self.max_side: int | None = None
         self._known_blocks = {
             module for module in model.modules() if isinstance(module, LinearBlock)
         }

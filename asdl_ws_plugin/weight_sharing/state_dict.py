@@ -20,8 +20,10 @@ __all__ = [
     "curvature_state",
     "load_curvature_state",
     "load_plan_state",
+    "load_training_state",
     "plan_state",
     "rank_state",
+    "training_state",
 ]
 
 # key in the state -> where it is in a SymMatrix, and how its constructor calls it
@@ -132,10 +134,37 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
         for module, rank in zip(maker.modules_for(shape), partition, strict=False)
         if rank == maker.world_rank and (matrix := maker._get_module_fisher(module)) is not None
     ]
+    if getattr(maker.config, "relative_damping", False):
+        maker._update_relative_inverses()
+        return
     share_inverses(matrices)
     for _, matrix in matrices:
         if any(inverse is None for _, inverse in pairs(matrix)):
             matrix.update_inv(maker.config.damping)
+
+
+def training_state(maker: Any) -> dict[str, Any]:
+    """What a :class:`~.training_config.TrainingConfig` goes by: when the last updates were, how
+    many each layer's average has seen, and each layer's damping with the optimizer's last step.
+    """
+    names = {module: name for name, module in maker.model.named_modules()}
+    matrices = {name: maker._get_module_fisher(module) for module, name in names.items()}
+    return {
+        "last_update": dict(maker._last_update),
+        "updates": {
+            name: matrix.updates for name, matrix in matrices.items() if hasattr(matrix, "updates")
+        },
+        "trust": maker._trust.state_dict(names),
+    }
+
+
+def load_training_state(maker: Any, state: dict[str, Any]) -> None:
+    """The inverse of :func:`training_state`; after the curvature was loaded."""
+    modules = dict(maker.model.named_modules())
+    maker._last_update = dict(state["last_update"])
+    for name, updates in state["updates"].items():
+        maker._get_module_fisher(modules[name]).updates = updates
+    maker._trust.load_state_dict(state["trust"], modules)
 
 
 def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
@@ -144,11 +173,19 @@ def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
     weight = module.weight
     for key, size in (("kron.A", weight[0].numel()), ("kron.B", weight.shape[0])):
         for found in (entry.get(key), entry.get(f"{key}_inv")):
-            if found is not None and found.shape[-1] != size:
+            if found is not None and not _fits(found, size):
                 raise ValueError(
                     f"The state has {key} of sizes {tuple(found.shape)} for the module '{name}', "
                     f"whose weight is of sizes {tuple(weight.shape)}."
                 )
+
+
+def _fits(factor: Tensor, side: int) -> bool:
+    """Whether a factor of a weight of this side may be of these sizes: whole, or in blocks."""
+    if factor.ndim == 2:
+        return factor.shape[-1] == side
+    count, size, _ = factor.shape
+    return size == -(-side // count)
 
 
 def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:

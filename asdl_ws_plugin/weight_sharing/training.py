@@ -1,0 +1,183 @@
+"""What a gradient maker does otherwise with a :class:`~.training_config.TrainingConfig`.
+
+When curvature and inverses are updated, the average without bias, relative damping, and how long a
+preconditioned step is. With ASDL's own configuration, upstream's methods run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
+from asdl.precondition.prec_grad_maker import PreconditioningConfig
+from asdl.symmatrix import SymMatrix
+from torch import Tensor, nn
+
+from ._warn import warn
+from .blocks import parameters_of
+from .inverses import update_inverses
+from .matrices import tensors
+from .schedule import is_due
+from .step_length import clipped, grafted
+from .training_config import TrainingConfig, at_step
+from .trust import StepTrust
+
+__all__ = ["TrainingOptions"]
+
+
+class TrainingOptions(NaturalGradientMaker):
+    """The part of :class:`~.grad_maker.WeightSharing` that reads a ``TrainingConfig``."""
+
+    plan: Any
+    fisher_maker: Any
+    _failure_reported = False
+    _own_config: PreconditioningConfig
+
+    @functools.cached_property
+    def _trust(self) -> StepTrust:
+        return StepTrust()
+
+    @functools.cached_property
+    def _last_update(self) -> dict[str, int]:
+        """The steps of the last updates of curvature and inverses."""
+        return {}
+
+    @property
+    def config(self) -> Any:
+        """The configuration as it is at this step: functions of the step are numbers here."""
+        return at_step(self._own_config, self.state["step"] if "state" in self.__dict__ else 0)
+
+    @config.setter
+    def config(self, config: PreconditioningConfig) -> None:
+        self._own_config = config
+
+    @property
+    def _training(self) -> TrainingConfig | None:
+        """The configuration, if it has more options than ASDL's."""
+        return self.config if isinstance(self._own_config, TrainingConfig) else None
+
+    def do_update_curvature(self, step: int | None = None) -> bool:
+        """Whether a step, by default the next one, computes curvature."""
+        config = self._training
+        if config is None or config.num_total_steps is not None:
+            return super().do_update_curvature(step)
+        if config.curvature_upd_interval is None:
+            return self.do_update_preconditioner(step)
+        return self._is_due("curvature", config.curvature_upd_interval, step)
+
+    def do_update_preconditioner(self, step: int | None = None) -> bool:
+        """Whether a step, by default the next one, computes inverses."""
+        config = self._training
+        if config is None or config.num_total_steps is not None:
+            return super().do_update_preconditioner(step)
+        return self._is_due("preconditioner", config.preconditioner_upd_interval, step)
+
+    def _is_due(self, what: str, interval: int, step: int | None) -> bool:
+        step = self.state["step"] if step is None else step
+        if step < getattr(self.config, f"{what}_warmup_steps"):
+            return True
+        return is_due(step, self._last_update.get(what), interval, self.config.early_updates)
+
+    @contextlib.contextmanager
+    def _noting_updates(self) -> Iterator[None]:
+        """Around a step: it is the last one that made the updates it makes, if it does not fail."""
+        step, last = self.state["step"], dict(self._last_update)
+        due = {
+            "curvature": self.do_update_curvature(step),
+            "preconditioner": self.do_update_preconditioner(step),
+        }
+        self._last_update.update({what: step for what, is_due in due.items() if is_due})
+        try:
+            yield
+        except BaseException:
+            self._last_update = last
+            raise
+
+    # ------------------------------------------------------------------------------------ curvature
+
+    def update_curvature(self) -> None:
+        """Upstream's, with an average and factors as the configuration has them."""
+        config, maker = self._training, self.fisher_maker
+        maker.least_weight = config.ema_decay if config is not None and config.unbiased else None
+        maker.plan.max_side = None if config is None else config.max_side
+        super().update_curvature()
+
+    def delegate_forward_and_backward(self, other: Any, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's."""
+        # Upstream has weighed the new curvature by its scale; an average without bias weighs both
+        # when the new one is there.
+        if getattr(other, "least_weight", None) is not None:
+            kwargs["scale"] = self.scale
+        return super().delegate_forward_and_backward(other, *args, **kwargs)
+
+    def _update_relative_inverses(self) -> list[tuple[str, SymMatrix]]:
+        """The inverses of all layers that are this rank's; returns their curvature."""
+        owned = [
+            layer
+            for shape, ranks in zip(_module_level_shapes, self.partitions, strict=True)
+            for layer, rank in zip(self.plan.layers_of(shape), ranks, strict=False)
+            if rank == self.world_rank
+        ]
+        matrices = [
+            (name, matrix, self._relative_damping(module, matrix))
+            for name, module in [
+                *((layer.name, layer.module) for layer in owned),
+                ("the model", self.model),
+            ]
+            if (matrix := self._get_module_fisher(module)) is not None
+        ]
+        kept = update_inverses(matrices)
+        if kept and not self._failure_reported:
+            self._failure_reported = True
+            warn(
+                f"Layer '{kept[0]}': its curvature plus damping is not positive definite, in "
+                f"float64 either ({len(kept)} matrices). The last inverse that there was stays; "
+                "more damping avoids this."
+            )
+        return [(name, matrix) for name, matrix, _ in matrices]
+
+    def _relative_damping(self, module: nn.Module, matrix: SymMatrix) -> Tensor:
+        """Of a layer, or of the model with the full Fisher, where there is no step of a layer."""
+        config = self.config
+        if config.trust is not None and module is not self.model:
+            return self._trust.damping(module, matrix, config.damping, config.trust)
+        like = tensors(matrix)[0]
+        return torch.full((), config.damping, dtype=like.dtype, device=like.device)
+
+    # --------------------------------------------------------------------------------- the gradient
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        """Around the preconditioning of a step's gradients, of which all ranks have the same."""
+        config = self._training
+        if config is None:
+            yield
+            return
+        self._trust.measure()
+        with contextlib.ExitStack() as stack:
+            if config.graft:
+                stack.enter_context(grafted(self._layer_grads))
+            elif config.kl_clip is not None:
+                rate: Any = config.learning_rate
+                stack.enter_context(clipped(self._layer_grads, config.kl_clip, rate))
+            yield
+        # Weights are kept for a step from time to time.
+        step = self.state["step"] + 1
+        if config.trust is not None and (
+            self.do_update_preconditioner(step) or self.do_update_curvature(step)
+        ):
+            self._trust.note(layer.module for layer in self.plan.layers)
+
+    def _layer_grads(self) -> list[Tensor]:
+        """The gradients of all layers that are preconditioned."""
+        parameters = [
+            p
+            for layer in self.plan.layers
+            for module in dict.fromkeys([layer.module, *(m for _, m in layer.tied)])
+            for p in parameters_of(module)
+        ]
+        return [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
