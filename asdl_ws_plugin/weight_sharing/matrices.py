@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .blocks import input_group
 
-__all__ = ["KFE", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
+__all__ = ["KFE", "Kron", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
 
 # (part of a SymMatrix, its data, their inverse)
 _FIELDS = (
@@ -54,6 +54,25 @@ class KFE(symmatrix.KFE):
         if inplace:
             vec_bias.copy_(bias)
         return weight, bias
+
+
+class Kron(symmatrix.Kron):
+    """Kronecker factors whose damping is split at any scale.
+
+    Upstream (0.1a5) gives A and B at least 1e-7 of the damping each, so that the answer is another
+    one for A·s² and B/s², which are the same curvature.
+    """
+
+    def update_inv(
+        self,
+        damping: float = 1e-7,
+        calc_A_inv: bool = True,
+        calc_B_inv: bool = True,
+        eps: float = 0.0,
+        replace: bool = False,
+    ) -> None:
+        """Upstream's, with no floor below the two parts of the damping."""
+        super().update_inv(damping, calc_A_inv, calc_B_inv, eps, replace)
 
 
 class UnitWise(symmatrix.UnitWise):
@@ -117,6 +136,9 @@ def corrected(matrix: SymMatrix) -> SymMatrix:
         matrix = LayerWise(
             matrix.data, matrix.inv, matrix.kron, matrix.kfe, matrix.diag, matrix.unit
         )
+    if matrix.kron is not None:
+        kron = matrix.kron
+        matrix.kron = Kron(kron.A, kron.B, kron.A_inv, kron.B_inv)
     if matrix.unit is not None:
         matrix.unit = UnitWise(matrix.unit.data, matrix.unit.inv)
     if matrix.kfe is not None:
@@ -239,7 +261,7 @@ class _SharedA:
         return self._inverse
 
 
-class BlockKron(symmatrix.Kron):
+class BlockKron(Kron):
     """The factors of one block of a fused layer. Its siblings have the same A.
 
     Upstream splits the damping between A and B by the ratio of their mean eigenvalues. Here B's is
@@ -255,7 +277,7 @@ class BlockKron(symmatrix.Kron):
         damping: float = 1e-7,
         calc_A_inv: bool = True,
         calc_B_inv: bool = True,
-        eps: float = 1e-7,
+        eps: float = 0.0,
         replace: bool = False,
     ) -> None:
         if not (self.has_A and self.has_B):
