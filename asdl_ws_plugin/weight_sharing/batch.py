@@ -33,7 +33,7 @@ from . import factors
 from .blocks import LinearBlock, input_group, lent_to
 from .capture import Call, Layer, Record, last_nodes
 from .layout import examples_first
-from .operations import LinearExpand, LinearReduce
+from .operations import LinearExpand, LinearReduce, _Expand
 from .plan import OURS, Plan
 from .positions import GRAPH, Positions, WeightSharingLinear
 from .ragged import Mask, Ragged, Segments
@@ -152,6 +152,23 @@ class Batch:
                     "setup_logits_repr says otherwise, or those are not what the loss was given,"
                 )
         return reasons
+
+    def mean_positions(self) -> dict[nn.Module, float]:
+        """How many positions an example has on average, of layers whose A is divided by that."""
+        means = {}
+        for layer in self.layers:
+            calls = self.record.calls.get(layer.module)
+            if calls is None or layer.shape not in (SHAPE_KRON, SHAPE_SWIFT_KRON):
+                continue
+            if not isinstance(self.context.get_operation(layer.module), _Expand):
+                continue
+            weight: Any = layer.module.weight
+            ragged = self._ragged.get(layer.module)
+            rows = sum(call.out_shape.numel() for call in calls) / weight.shape[0]
+            means[layer.module] = (
+                rows if ragged is None else ragged.num_positions
+            ) / self.num_examples
+        return means
 
     # --------------------------------------------------------------------------------------- inputs
 

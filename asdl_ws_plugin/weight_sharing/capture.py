@@ -29,6 +29,7 @@ __all__ = [
     "last_nodes",
     "output_edge",
     "recording",
+    "remove_hooks",
 ]
 
 
@@ -95,11 +96,25 @@ class Record:
 
 
 _records: list[Record] = []
+_MARK = "_asdl_ws_hook"  # of this module's hooks
 
 
 def current_record() -> Record | None:
     """The record that is being made, if one is."""
     return _records[-1] if _records else None
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Remove what an interrupt between two instructions of :func:`recording` may have left."""
+    _records.clear()
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hasattr(hook, _MARK)]:
+            for table in (
+                module._forward_hooks,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                table.pop(key, None)
 
 
 def last_nodes(outputs: Tensor, nodes: set[Node]) -> set[Node]:
@@ -253,6 +268,7 @@ def recording(
             )
             record.calls.setdefault(layer.module, []).append(call)
 
+        setattr(hook, _MARK, True)
         # First of all hooks: the user's own may replace the output.
         handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
 

@@ -24,7 +24,9 @@ from ._warn import warn
 from .batch import Batch
 from .blocks import parameters_of
 from .capture import Layer, Record, recording
+from .copying import set_state, state_of
 from .factors import full_precision
+from .joint import joint_curvature, owners, share_inverses
 from .layout import fits, infer_num_examples, leading_sizes
 from .loss import (
     LOSS_BINARY_CROSS_ENTROPY,
@@ -37,11 +39,14 @@ from .loss import (
     read_loss,
     sampled_output_grads,
 )
-from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
+from .matrices import corrected, is_of, merge, shared_tensors, tensors, trained
+from .matrices import share_inverses as share_inverses_of_blocks
 from .plan import Plan
 from .positions import GRAPH, Positions, positions_of, take_own_positions
 from .ragged import Segments
+from .ranks import Ranks, Share
 from .rules import SEQUENCE_FIRST
+from .transaction import put_aside
 
 __all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
 
@@ -55,6 +60,7 @@ NO_LAYERS = (
 )
 # Between the seeds of consecutive batches: 2**64 over the golden ratio, far apart.
 _STRIDE = 0x9E3779B97F4A7C15
+_RANK_STRIDE = 0xBF58476D1CE4E5B9  # and of the ranks: odd, so that no two are the same
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
 
 
@@ -83,12 +89,45 @@ def check_data_size(data_size: Any) -> None:
         raise ValueError(f"data_size has to be a number of examples, got {data_size!r}.")
 
 
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise a ValueError if a rank has parts of parameters only."""
+    for name, p in model.named_parameters():
+        # FSDP1 marks both its flat parameters and those that it leaves to the optimizer.
+        if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
+            what = "a DTensor, as fully_shard makes them" if hasattr(p, "device_mesh") else (
+                "sharded by FullyShardedDataParallel"
+            )
+            raise ValueError(
+                f"Parameter '{name}' is {what}: each rank has a part of it, but the curvature is of "
+                "whole layers. Train with whole copies of the model on every rank instead, with "
+                "DistributedDataParallel or without a wrapper."
+            )
+
+
+def share_of(terms: LossTerms, num_examples: int = 0) -> Share:
+    """What the loss of one rank's batch is of the joint loss."""
+    kept = terms.num_rows if terms.weight is None else int(torch.count_nonzero(terms.weight))
+    return Share(float(terms.sum_factor), float(terms.num_terms), kept, num_examples)
+
+
+def declared_reduction(maker: GradientMaker) -> str | None:
+    """What a gradient maker's loss function says of its own reduction."""
+    function = maker._loss_fn
+    reduction = maker._loss_fn_kwargs.get("reduction", getattr(function, "reduction", None))
+    if reduction is None and isinstance(function, partial):
+        reduction = function.keywords.get("reduction", getattr(function.func, "reduction", None))
+    return reduction
+
+
 def check_setup(maker: GradientMaker, needs_loss: bool) -> None:
     """Raise a ValueError if a gradient maker was not told what to call."""
     if maker._model_fn is None:
         raise ValueError("No model call is set. Call setup_model_call() first.")
     if needs_loss and maker._loss_fn is None and maker._dummy_loss is None:
         raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
+
+
+_WITHOUT_GRAPH = "ran without an autograd graph (no_grad, or reentrant activation checkpointing)"
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -131,13 +170,7 @@ class WeightSharingFisherMaker(FisherMaker):
             raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
         check_data_size(config.data_size)
         check_var(config.var)
-        for name, p in model.named_parameters():
-            if hasattr(p, "device_mesh"):
-                raise ValueError(
-                    f"Parameter '{name}' is a DTensor, as fully_shard makes them: each rank has a "
-                    "part of it, but the curvature is of whole layers. Train with whole copies of "
-                    "the model on every rank instead."
-                )
+        check_not_sharded(model)
         self.plan = Plan(
             model,
             config.fisher_shapes,
@@ -160,7 +193,19 @@ class WeightSharingFisherMaker(FisherMaker):
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
+        # Also set by it: that it is, the processes that train together, where they are in their training, and
+        # what this one's last batch was of the joint one.
+        self.belongs_to_maker = False
+        self.ranks = Ranks.alone()
+        self.place = ""
+        self.share = Share()
         self._reported: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_state(self, {**state, "ranks": Ranks.alone()})
 
     @property
     def is_fisher_emp(self) -> bool:
@@ -237,7 +282,7 @@ class WeightSharingFisherMaker(FisherMaker):
             )
 
         loss_type = None if self.is_fisher_emp else config.loss_type
-        terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
+        terms = read_loss(loss, observations, logits, loss_type, declared_reduction(self))
         if terms.has_negative and config.fisher_type in (FISHER_EXACT, FISHER_MC):
             raise ValueError(
                 "The loss weighs terms negatively, as advantages do, so its curvature need not be "
@@ -247,8 +292,9 @@ class WeightSharingFisherMaker(FisherMaker):
             plan, record, logits, self._model_args, self._model_kwargs
         )
         plan.layouts.num_terms = terms.num_rows
-        plan.decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
-        if data_size == _INVALID_DATA_SIZE:
+        self._decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
+        given = data_size != _INVALID_DATA_SIZE
+        if not given:
             if loss is None:
                 raise ValueError(
                     "data_size is not specified, and there is no loss to tell it from."
@@ -264,8 +310,22 @@ class WeightSharingFisherMaker(FisherMaker):
         batch.take_inputs()
         self._backward(batch, terms, loss, scale_B, calc_loss_grad)
         self.unseen = batch.unseen()
+        self._check_seen(layers, record)
+        results = self._results(batch, fvp)
+        if self.ranks.size > 1 and not fvp:
+            self.share = share_of(terms, num_examples)
+            results = joint_curvature(
+                self.ranks,
+                f"{self.place}, curvature",
+                plan,
+                results,
+                self.unseen,
+                self.share,
+                batch.mean_positions(),
+                given,
+            )
         self._report_unseen(layers, record)
-        self._commit(batch, accumulate, fvp)
+        self._commit(results, accumulate, fvp)
         self.draws += 1
         if calc_inv:
             self._invert(layers, damping)
@@ -331,10 +391,7 @@ class WeightSharingFisherMaker(FisherMaker):
             batch.scale = scale_B
             batch.identity_output_grads()
         elif config.fisher_type == FISHER_MC:
-            generator = None
-            if config.seed is not None:
-                seed = (int(config.seed) + self.draws * _STRIDE) % 2**63
-                generator = torch.Generator(terms.logits.device).manual_seed(seed)
+            generator = self._generator(terms.logits.device)
             batch.scale = scale_B / config.n_mc_samples
             for i in range(config.n_mc_samples):
                 grads = sampled_output_grads(terms, config.loss_type, config.var, generator)
@@ -355,16 +412,30 @@ class WeightSharingFisherMaker(FisherMaker):
             assert loss is not None
             loss.backward()
 
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        """Where labels are drawn from; ``None``: from the default generator.
+
+        Each batch gets others, and each rank, also where all ranks have one seed.
+        """
+        seed = self.config.seed
+        if seed is None and self.ranks.size == 1:
+            return None
+        # every rank's default generator goes on alike
+        start = int(torch.randint(2**62, ())) if seed is None else int(seed)
+        if seed is not None:
+            start += self.draws * _STRIDE
+        return torch.Generator(device).manual_seed(
+            (start + self.ranks.rank * _RANK_STRIDE) % 2**63
+        )
+
     # ---------------------------------------------------------------------------- reading the batch
 
-    def _declared_reduction(self) -> str | None:
-        function = self._loss_fn
-        reduction = self._loss_fn_kwargs.get("reduction", getattr(function, "reduction", None))
-        if reduction is None and isinstance(function, partial):
-            reduction = function.keywords.get(
-                "reduction", getattr(function.func, "reduction", None)
-            )
-        return reduction
+    def _decide(self, num_terms: int, num_examples: int) -> None:
+        """Settle ``'auto'`` by the joint batch."""
+        if self.ranks.size > 1 and self.plan.setting is None and self.plan.is_auto:
+            rows = self.ranks.agree(f"{self.place}, setting", [num_terms, num_examples])
+            num_terms, num_examples = (int(sum(column)) for column in zip(*rows, strict=True))
+        self.plan.decide(num_terms, num_examples)
 
     def _positions(self, terms: LossTerms, batch: Batch) -> tuple[Tensor, int]:
         """The position of every loss term within its example, and the number of positions."""
@@ -406,7 +477,8 @@ class WeightSharingFisherMaker(FisherMaker):
             "path skip its modules?"
         )
 
-    def _report_unseen(self, layers: list[Layer], record: Record) -> None:
+    def _check_seen(self, layers: list[Layer], record: Record) -> None:
+        """Raise a RuntimeError if the curvature would be of too little."""
         if all(layer.module in self.unseen for layer in layers) and not record.without_graph:
             raise RuntimeError(
                 f"None of the {len(record.calls)} layers that were called (the first is "
@@ -414,19 +486,13 @@ class WeightSharingFisherMaker(FisherMaker):
                 "what setup_model_call() returned, not an output of the model; logits that are "
                 "not the model's first output are selected with setup_logits_repr()."
             )
-        found: dict[tuple[str, str], list[str]] = {}
         for layer in layers:
             reason = self.unseen.get(layer.module)
             if reason is None:
                 continue
             if layer.module in record.without_graph and layer.module not in record.calls:
-                grads = [
-                    p for p in parameters_of(layer.module) if p.grad is not None and p.requires_grad
-                ]
-                reason = (
-                    "ran without an autograd graph (no_grad, or reentrant activation checkpointing)"
-                )
-                if grads:
+                reason = _WITHOUT_GRAPH
+                if any(p.grad is not None and p.requires_grad for p in parameters_of(layer.module)):
                     raise RuntimeError(
                         f"Layer '{layer.name}' {reason}, but has a gradient. Use checkpoint(..., "
                         "use_reentrant=False)."
@@ -436,12 +502,23 @@ class WeightSharingFisherMaker(FisherMaker):
                     f"Layer '{layer.name}' {reason}; the full Fisher needs every layer of the "
                     "model."
                 )
-            if layer.name not in self._reported:
-                self._reported.add(layer.name)
-                remedy = "Leave it out with ignore_modules to silence this."
-                if self.plan.is_in_attention(layer.name):
-                    remedy = "The projections of nn.MultiheadAttention are not called: use convert(model)."
-                found.setdefault((reason, remedy), []).append(layer.name)
+
+    def _report_unseen(self, layers: list[Layer], record: Record) -> None:
+        """Warn, once, of layers that took no part in this step."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for layer in layers:
+            reason = self.unseen.get(layer.module)
+            if reason is None or layer.name in self._reported:
+                continue
+            if layer.module in record.without_graph and layer.module not in record.calls:
+                reason = _WITHOUT_GRAPH
+            self._reported.add(layer.name)
+            remedy = "Leave it out with ignore_modules to silence this."
+            if self.plan.is_in_attention(layer.name):
+                remedy = (
+                    "The projections of nn.MultiheadAttention are not called: use convert(model)."
+                )
+            found.setdefault((reason, remedy), []).append(layer.name)
         for (reason, remedy), names in found.items():
             listed = ", ".join(f"'{name}'" for name in names[:8]) + (
                 ", ..." if len(names) > 8 else ""
@@ -457,9 +534,8 @@ class WeightSharingFisherMaker(FisherMaker):
     # ---------------------------------------------------------------------------------- the results
 
     @full_precision()
-    def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
-        """Make the batch's matrices the modules' own, all or none."""
-        attr = self.config.fvp_attr if fvp else self.config.fisher_attr
+    def _results(self, batch: Batch, fvp: bool) -> list[tuple[nn.Module, Any]]:
+        """The batch's matrices. Raises a FloatingPointError if one is not finite."""
         results: list[tuple[nn.Module, Any]] = []
         context = batch.context
         for layer in batch.layers:
@@ -477,6 +553,16 @@ class WeightSharingFisherMaker(FisherMaker):
             for module, matrix in results:
                 matrix.trained = trained(module)
             self._check_finite(results, batch)
+        return results
+
+    @full_precision()
+    def _commit(
+        self, results: list[tuple[nn.Module, Any]], accumulate: bool, fvp: bool
+    ) -> None:
+        """Make matrices the modules' own, all or none."""
+        attr = self.config.fvp_attr if fvp else self.config.fisher_attr
+        if not self.belongs_to_maker:
+            put_aside(self.model)  # what a gradient maker has gathered is not this maker's
         if accumulate and not fvp:
             merged = []
             shared = shared_tensors(new for _, new in results)
@@ -508,17 +594,22 @@ class WeightSharingFisherMaker(FisherMaker):
 
     @full_precision()
     def _invert(self, layers: list[Layer], damping: float | None) -> None:
-        modules = [(layer.name, layer.module) for layer in layers] + [("", self.model)]
         attr = self.config.fisher_attr
-        share_inverses(
-            (module, matrix)
-            for _, module in modules
-            if (matrix := getattr(module, attr, None)) is not None
-        )
-        for name, module in modules:
-            matrix = getattr(module, self.config.fisher_attr, None)
-            if matrix is None:
-                continue
+        of_layers = [
+            (layer.name, layer.module, matrix)
+            for layer in layers
+            if (matrix := getattr(layer.module, attr, None)) is not None
+        ]
+        pairs = [(module, matrix) for _, module, matrix in of_layers]
+        share_inverses_of_blocks(pairs)
+        owner = owners(self.ranks, pairs)
+        full = getattr(self.model, attr, None)
+        mine = [
+            (name, matrix)
+            for (name, _, matrix), rank in zip(of_layers, owner, strict=True)
+            if rank == self.ranks.rank
+        ] + ([("", full)] if full is not None else [])
+        for name, matrix in mine:
             try:
                 matrix.update_inv(damping, replace=True)
             except torch.linalg.LinAlgError as error:
@@ -526,6 +617,9 @@ class WeightSharingFisherMaker(FisherMaker):
                     f"Layer '{name}': its curvature plus damping {damping} is not positive "
                     f"definite. ({error})"
                 ) from error
+        share_inverses(
+            self.ranks, f"{self.place}, inverses", [m for _, m in pairs], owner, replace=True
+        )
 
 
 def count_examples(

@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from asdl.matrices import SHAPE_KFE
 from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
 from asdl.symmatrix import SymMatrix
@@ -23,9 +23,19 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from ._warn import warn
-from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
+from .blocks import has_blocks, parameters_of
 from .factors import full_precision
-from .fisher_maker import WeightSharingFisherMaker, check_batch, check_data_size, check_setup
+from .copying import set_state, state_of
+from .fisher_maker import (
+    WeightSharingFisherMaker,
+    check_batch,
+    check_data_size,
+    check_setup,
+    declared_reduction,
+    share_of,
+)
+from .joint import owners, share_inverses
+from .loss import LossObserver, read_loss
 from .matrices import (
     copy_inverses,
     diagonals,
@@ -33,32 +43,31 @@ from .matrices import (
     is_of,
     pairs,
     precondition_bias,
-    share_inverses,
 )
+from .matrices import share_inverses as share_inverses_of_blocks
 from .positions import take_own_positions
+from .ranks import RankFailure, Ranks, unsynchronized
 from .registry import supported_classes
 from .rules import matches_any
-from .state_dict import (
-    check_strategies,
-    complete_inverses,
-    curvature_state,
-    load_curvature_state,
-    load_plan_state,
-    plan_state,
-    rank_state,
-)
+from .state_check import check_state
+from .state_dict import load_plan_state, loaded_matrices, replace_matrices, state_of_maker
+from .transaction import Snapshot, carry, curvature_of
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
-
-# An ASDL with the patches in patches/ averages curvature and all gradients over the ranks itself.
-_KEEPS_RANKS_IN_STEP = hasattr(NaturalGradientMaker, "average_over_ranks")
 
 
 class WeightSharing(NaturalGradientMaker):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
+    _maker_class: type[NaturalGradientMaker]  # upstream's, or a user's
     _zero_reported = False
+
+    #: Skip a step whose loss or curvature is not finite, on any rank, instead of raising a
+    #: FloatingPointError: nothing is updated, ``.grad`` stays as it is, the step does not count.
+    skip_nonfinite = False
+    #: How many steps were skipped.
+    num_skipped = 0
 
     # --------------------------------------------------------------------------------- what is read
 
@@ -86,95 +95,97 @@ class WeightSharing(NaturalGradientMaker):
         ``.grad``.
 
         Returns the model's output and the loss. A step that raises leaves ``.grad``, the curvature
-        and the step count as they were.
+        and the step count as they were. With several ranks it raises on all of them.
         """
-        check_setup(self, needs_loss=True)
-        with self._undone_on_error():
-            return super().forward_and_backward()
-
-    @contextlib.contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        # Only this step's gradient is preconditioned, so the gradients that are already there are
-        # set aside.
-        held = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-        for p in held:
-            p.grad = None
-        before = {
-            module: matrix
-            for module in self.model.modules()
-            if (matrix := self._get_module_fisher(module)) is not None
-        }
-        inverses = [entry for matrix in before.values() for entry in copy_inverses(matrix)]
-        maker = self.fisher_maker
-        unseen, decay, draws = maker.unseen, maker.decay, maker.draws
-        forget = self.plan.remember()
-        buffers = [
-            (buffer, buffer.clone()) for buffer in self.model.buffers()
-        ]  # a NaN would stay in running averages
+        self.ranks.begin()
+        carry(self)
+        before = Snapshot(self)
         try:
-            yield
-        except BaseException:
-            for p in self.model.parameters():
-                p.grad = held.get(p)
-            for module in self.model.modules():
-                if module in before:
-                    self._set_module_fisher(module, before[module])
-                elif self._get_module_fisher(module) is not None:
-                    delattr(module, self._fisher_attr)
-            for holder, name, inverse in inverses:
-                setattr(holder, name, inverse)
-            maker.unseen, maker.decay, maker.draws = unseen, decay, draws
-            forget()
-            with torch.no_grad():
-                for buffer, copy in buffers:
-                    buffer.copy_(copy)
-            raise
-        for p, grad in held.items():
-            p.grad = grad if p.grad is None else grad.add_(p.grad)
+            check_setup(self, needs_loss=True)
+            before.set_aside_grads()
+            self.fisher_maker.place = f"step {before.step}"
+            with unsynchronized(self._model_fn) if self.ranks.size > 1 else nullcontext():
+                result = super().forward_and_backward()
+            before.add_grads()
+            return result
+        except BaseException as error:
+            before.restore()
+            if not isinstance(error, RankFailure):
+                self.ranks.tell(error)
+            if not (self.skip_nonfinite and isinstance(error, FloatingPointError)):
+                raise
+        self.num_skipped += 1
+        return self._outputs()
+
+    def _outputs(self) -> tuple[Any, Any]:
+        """The output and the loss of a step that was skipped."""
+        maker = self.fisher_maker if self.do_update_curvature() else self
+        return maker._model_output, maker._loss
 
     def forward(self) -> None:
         """Of a step without curvature. An empty batch or a loss that is not finite is refused here,
         too.
         """
         take_own_positions(self.model)  # a layer's own segments are those of one step
-        super().forward()
+        if self.ranks.size == 1:
+            super().forward()
+            check_batch(self._logits, self._loss)
+            return
+        observer = LossObserver()
+        with observer if self._loss_fn is None else nullcontext():
+            self.call_model()
+        with observer:
+            self.call_loss()
         check_batch(self._logits, self._loss)
+        self.fisher_maker.share = share_of(
+            read_loss(
+                self._loss, observer.observations, self._logits, None, declared_reduction(self)
+            )
+        )
 
     # ---------------------------------------------------------------------------------------- state
 
+    @functools.cached_property
+    def put_aside(self) -> dict[nn.Module, SymMatrix]:
+        """This maker's curvature of modules that carry another one's now."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The step, the curvature with its inverses, and what batches have settled: all that the
-        next step needs.
+        next step needs, on any number of ranks.
 
         Tensors are references, as in ``torch.optim``.
         """
-        return {
-            **super().state_dict(),
-            "curvature": curvature_state(self.model, self._fisher_attr),
-            "rank": rank_state(self),
-            "weight_sharing": {
-                **plan_state(self.plan, self.fisher_maker.unseen),
-                "draws": self.fisher_maker.draws,
-            },
-        }
+        return state_of_maker(self, curvature_of(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, mid-interval too. A state with the step alone (ASDL 0.1a5) leaves the
         curvature as it is.
 
-        Raises a ValueError if the state is of another model, of other strategies, or none of a
-        gradient maker.
+        Raises a ValueError, with nothing changed, if the state is of another model, of other
+        strategies or options, of another version, or damaged.
         """
-        if "step" not in state_dict:
-            raise ValueError("This is no state of a gradient maker: it has no 'step'.")
-        check_strategies(self.plan, state_dict.get("weight_sharing", {}))
+        check_state(self, state_dict)
         if "curvature" in state_dict:
-            load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
-            complete_inverses(self, state_dict)
-        if "weight_sharing" in state_dict:
+            matrices = loaded_matrices(self.model, state_dict["curvature"])
+            carry(self)
+            replace_matrices(self.model, self._fisher_attr, matrices)
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
-            self.fisher_maker.draws = state_dict["weight_sharing"].get("draws", 0)
+            self.fisher_maker.draws = state_dict["weight_sharing"]["draws"]
         self.state["step"] = state_dict["step"]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.sync_group is not None:
+            raise TypeError(
+                "A gradient maker with a sync_group cannot be copied, since process groups cannot. "
+                "Make another one, and load this one's state_dict()."
+            )
+        state = {**state_of(self), "put_aside": curvature_of(self)}
+        return _new, (self._maker_class,), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_state(self, state)
+        self.fisher_maker.ranks = self.ranks
 
     # ------------------------------------------------------------------------------------ curvature
 
@@ -200,7 +211,7 @@ class WeightSharing(NaturalGradientMaker):
             for name, module in named
             if (matrix := self._get_module_fisher(module)) is not None
         ]
-        share_inverses(
+        share_inverses_of_blocks(
             (layer.module, matrix)
             for layer in self.plan.layers
             if (matrix := self._get_module_fisher(layer.module)) is not None
@@ -214,7 +225,8 @@ class WeightSharing(NaturalGradientMaker):
                 for holder, name, _ in copy_inverses(matrix):
                     setattr(holder, name, None)
         try:
-            super().update_preconditioner(*args, **kwargs)
+            with self._inverting_own():
+                super().update_preconditioner(*args, **kwargs)
         except torch.linalg.LinAlgError as error:
             damped = [name for name, view, copy in saved if not torch.equal(view, copy)]
             name = next(
@@ -352,63 +364,58 @@ class WeightSharing(NaturalGradientMaker):
 
     # --------------------------------------------------------------------------------- distribution
     #
-    # Upstream reduces factors to the rank that inverts them, and gradients only on curvature steps
-    # and of layers that it knows. Here every rank gets the average of both, so that no rank's
-    # moving average is its own, and all gradients are in step on every step; which rank inverts and
-    # preconditions what, and the broadcast, is upstream's.
+    # Upstream (0.1a5) averages by position, only layers that it knows, on curvature steps only, and
+    # lets each rank keep a history of its own. It sees one process here, which has everything;
+    # :mod:`~.ranks` and :mod:`~.joint` see to it that every rank's is that of the joint batch.
 
-    def reduce_scatter_curvature(
-        self, kron: Any = None, diag: Any = None, with_grad: bool = True
-    ) -> None:
-        if _KEEPS_RANKS_IN_STEP:
-            super().reduce_scatter_curvature(kron, diag, with_grad=False)
+    @functools.cached_property
+    def ranks(self) -> Ranks:
+        """The processes that train together: those of ``sync_group``, or all."""
+        return Ranks(self.sync_group, self.device)
+
+    def get_distr_prec_partition(self) -> list[list[int]]:
+        self.world_rank, self.world_size = 0, 1
+        # Layers may be frozen and unfrozen later, so there is room for all of them.
+        room = sum(1 for _ in self.model.modules())
+        return [[0] * room for _ in _module_level_shapes]
+
+    @contextlib.contextmanager
+    def _inverting_own(self) -> Iterator[None]:
+        """Let upstream invert the layers that are this rank's, and give every rank all inverses."""
+        if self.ranks.size == 1:
+            yield
             return
-        # Not ReduceOp.AVG, which MPI does not have, nor Gloo in older releases of PyTorch.
-        for tensor in self.get_fisher_from_model():
-            dist.all_reduce(
-                tensor.div_(dist.get_world_size(self.sync_group)), group=self.sync_group
-            )
+        pairs = [
+            (layer.module, matrix)
+            for layer in self.plan.layers
+            if (matrix := self._get_module_fisher(layer.module)) is not None
+        ]
+        owner = owners(self.ranks, pairs)
+        others = {
+            module
+            for (module, _), rank in zip(pairs, owner, strict=True)
+            if rank != self.ranks.rank
+        }
+        everything = self.partitions
+        self.partitions = [
+            [int(module in others) for module in self.modules_for(shape)]
+            for shape in _module_level_shapes
+        ]
+        try:
+            yield
+        finally:
+            self.partitions = everything
+        what = f"{self.fisher_maker.place}, inverses"
+        share_inverses(self.ranks, what, [matrix for _, matrix in pairs], owner)
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
-        if self.world_size > 1 and not _KEEPS_RANKS_IN_STEP:
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad.div_(dist.get_world_size(self.sync_group))
-            self._all_reduce_grad(self.model)
+        """Upstream's, of the joint gradient."""
+        if self.ranks.size > 1 and not args and kwargs.get("vectors") is None:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            what = f"{self.fisher_maker.place}, gradients"
+            self.ranks.average_gradients(what, parameters, self.fisher_maker.share)
         super().precondition(*args, **kwargs)
-
-    def all_gather_or_reduce_grad(self) -> None:
-        gather = NaturalGradientMaker.all_gather_or_reduce_grad
-        getattr(gather, "__wrapped__", gather)(
-            self
-        )  # its NVTX decorator fails on builds of torch without it
-        # The gradients of blocks are views, and their modules have no Parameters: upstream neither
-        # finds nor sets them. Nor does it find a bias that is lent to a layer.
-        for enum_shape, shape in enumerate(_module_level_shapes):
-            for enum_module, module in enumerate(self.modules_for(shape)):
-                owner, ranks = self.partitions[enum_shape][enum_module], self.sync_group_ranks
-                for p in (
-                    parameters_of(module) if isinstance(module, LinearBlock) else lent_to(module)
-                ):
-                    if p.requires_grad and p.grad is not None:
-                        grad = p.grad.contiguous()
-                        dist.broadcast(
-                            grad, owner if ranks is None else ranks[owner], group=self.sync_group
-                        )
-                        p.grad.copy_(grad)
-
-    def computational_cost(self, shape: str, module: nn.Module) -> float:
-        """Upstream's estimate, without its assertion on the class's name."""
-        return sum(p.numel() for p in parameters_of(module)) ** 0.3
-
-    def get_distr_prec_partition(self) -> list[list[int]]:
-        if self.world_size > 1:
-            return super().get_distr_prec_partition()
-        # Everything is rank 0's. Layers may be frozen and unfrozen later, so there is room for all
-        # of them.
-        room = sum(1 for _ in self.model.modules())
-        return [[0] * room for _ in _module_level_shapes]
 
 
 @functools.cache
@@ -425,8 +432,15 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
             "__doc__": maker_class.__doc__,
             "__module__": maker_class.__module__,
             "_supported_classes": property(lambda self: supported_classes()),
+            "_maker_class": maker_class,
         },
     )
+
+
+def _new(maker_class: type[NaturalGradientMaker]) -> WeightSharing:
+    """An empty gradient maker, for a copy: the class itself is made at run time."""
+    made = weight_sharing_class(maker_class)
+    return made.__new__(made)
 
 
 def check(maker: WeightSharing) -> None:
@@ -444,12 +458,11 @@ def check(maker: WeightSharing) -> None:
     for name in ("curvature_upd_interval", "preconditioner_upd_interval"):
         if (interval := getattr(config, name)) is not None and interval < 1:
             raise ValueError(f"{name} has to be at least 1, got {interval!r}.")
-    if maker.world_size > 1 and not maker.do_accumulate and not _KEEPS_RANKS_IN_STEP:
+    if maker.ranks.size > 1 and maker.plan.layers_of(SHAPE_KFE):
         raise NotImplementedError(
-            "Distributed training needs the moving average: without it ASDL averages the owner's "
-            "preconditioned gradients with the other ranks' raw ones. Set ema_decay in the "
-            "PreconditioningConfig."
+            "The shape 'kfe' is for one process: an average of eigenbases is none. Use 'kron'."
         )
+    maker.fisher_maker.ranks, maker.fisher_maker.belongs_to_maker = maker.ranks, True
     if maker.do_accumulate and maker.plan.layers_of(SHAPE_KFE):
         raise ValueError(
             "The shape 'kfe' has no moving average; leave ema_decay out of the "

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _FIELDS = (
     ("diag", "weight", "weight_inv"),
     ("diag", "bias", "bias_inv"),
 )
+NUM_PARTS = len(_FIELDS)
+IS_A = [(part, data) == ("kron", "A") for part, data, _ in _FIELDS]
 
 
 class KFE(symmatrix.KFE):
@@ -160,6 +162,27 @@ def tensors(matrix: SymMatrix) -> list[Tensor]:
     if matrix.kfe is not None:
         data += [matrix.kfe.Ua, matrix.kfe.Ub, *matrix.kfe.scale]
     return [tensor for tensor in data if tensor is not None]
+
+
+def data_of(matrix: SymMatrix | None) -> list[Tensor | None]:
+    """What a matrix has of every part that an average can be of; of :data:`NUM_PARTS` entries."""
+    return [
+        getattr(matrix if part is None else getattr(matrix, part, None), data, None)
+        for part, data, _ in _FIELDS
+    ]
+
+
+def with_data(data: Sequence[Tensor | None]) -> SymMatrix:
+    """The inverse of :func:`data_of`."""
+    names = (name if part is None else f"{part}_{name}" for part, name, _ in _FIELDS)
+    return corrected(SymMatrix(**dict(zip(names, data, strict=True))))
+
+
+def drop_inverted(matrix: SymMatrix) -> None:
+    """Let go of the data of every part that has an inverse."""
+    for holder, data, inv in _parts(matrix):
+        if getattr(holder, inv) is not None:
+            setattr(holder, data, None)
 
 
 def shared_tensors(matrices: Iterable[SymMatrix]) -> dict[int, dict[int, Tensor]]:

@@ -339,6 +339,11 @@ class Plan:
                 layer.shape = _unit_wise_or_diag(layer.module)
         return layers
 
+    @property
+    def all_layers(self) -> list[Layer]:
+        """The layers, those that are frozen now included."""
+        return list(self._candidates)
+
     def layers_of(self, shape: str) -> list[Layer]:
         return [layer for layer in self.layers if layer.shape == shape]
 

@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from .matrices import corrected, pairs, share_inverses
 
 __all__ = [
-    "check_strategies",
+    "VERSION",
+    "check_sizes",
     "complete_inverses",
     "curvature_state",
     "load_curvature_state",
     "load_plan_state",
+    "loaded_matrices",
     "plan_state",
     "rank_state",
+    "replace_matrices",
+    "state_of_maker",
 ]
+
+# Of a state with curvature; the first had none.
+VERSION = 2
 
 # key in the state -> where it is in a SymMatrix, and how its constructor calls it
 _TENSORS = {
@@ -48,11 +55,18 @@ def curvature_state(model: nn.Module, attr: str) -> dict[str, dict[str, Any]]:
     """Module name -> the tensors of its curvature, factors and inverses, for every module that has
     one.
     """
+    return _matrices_state(
+        {
+            name: matrix
+            for name, module in model.named_modules()
+            if (matrix := getattr(module, attr, None)) is not None
+        }
+    )
+
+
+def _matrices_state(matrices: dict[str, SymMatrix]) -> dict[str, dict[str, Any]]:
     state: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        matrix = getattr(module, attr, None)
-        if matrix is None:
-            continue
+    for name, matrix in matrices.items():
         entries = {key: _get(matrix, key) for key in _TENSORS}
         state[name] = {key: value for key, value in entries.items() if value is not None}
         if hasattr(matrix, "trained"):  # the parameters that the curvature is of
@@ -73,6 +87,15 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
     Raises a ValueError, before anything is changed, if the model lacks a module or has another
     shape there.
     """
+    replace_matrices(model, attr, loaded_matrices(model, state))
+
+
+def loaded_matrices(
+    model: nn.Module, state: dict[str, dict[str, Any]]
+) -> list[tuple[nn.Module, SymMatrix]]:
+    """Modules and the curvature of a state, copied. Raises a ValueError if the model lacks a module
+    or has another shape there.
+    """
     modules = dict(model.named_modules())
     loaded: dict[int, Tensor] = {}  # tensors that several modules share stay shared
 
@@ -90,7 +113,7 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
             raise ValueError(
                 f"The state has curvature of a module '{name}', which the model lacks."
             )
-        _check_sizes(name, module, entry)
+        check_sizes(name, module, entry)
         like = next(
             p for p in (getattr(module, "weight", None), *module.parameters()) if p is not None
         )
@@ -101,7 +124,14 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
         if "trained" in entry:
             matrix.trained = tuple(entry["trained"])
         matrices.append((module, matrix))
-    for module in modules.values():
+    return matrices
+
+
+def replace_matrices(
+    model: nn.Module, attr: str, matrices: list[tuple[nn.Module, SymMatrix]]
+) -> None:
+    """Let modules have this curvature, and no others any."""
+    for module in model.modules():
         if hasattr(module, attr):
             delattr(module, attr)
     for module, matrix in matrices:
@@ -138,7 +168,7 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
             matrix.update_inv(maker.config.damping)
 
 
-def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
+def check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
         return
     weight = module.weight
@@ -151,6 +181,30 @@ def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
                 )
 
 
+def state_of_maker(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str, Any]:
+    """The whole state of a gradient maker whose curvature these matrices are."""
+    plan, fisher_maker = maker.plan, maker.fisher_maker
+    named = {
+        name: matrices[module]
+        for name, module in maker.model.named_modules()
+        if module in matrices
+    }
+    return {
+        "step": maker.state["step"],
+        "version": VERSION,
+        "curvature": _matrices_state(named),
+        "weight_sharing": {
+            **plan_state(plan, fisher_maker.unseen),
+            "draws": fisher_maker.draws,
+            "fisher_type": fisher_maker.config.fisher_type,
+            "moving_average": maker.do_accumulate,
+            "without_curvature": [
+                layer.name for layer in plan.all_layers if layer.module not in matrices
+            ],
+        },
+    }
+
+
 def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
     """What batches have settled: the setting of ``'auto'``, layouts, roles, and which layers the
     last one left out.
@@ -158,27 +212,13 @@ def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
     names = {module: name for name, module in plan.model.named_modules()}
     return {
         "setting": plan.setting,
-        "strategies": {layer.name: plan.strategy_of(layer) for layer in plan.layers},
+        "strategies": {layer.name: plan.strategy_of(layer) for layer in plan.all_layers},
         "layouts": {names[module]: layout for module, layout in plan.layouts.settled.items()},
         "roles": [
             [names[module], call, role] for (module, call), role in plan.layouts.roles.items()
         ],
         "unseen": {names[module]: reason for module, reason in unseen.items()},
     }
-
-
-def check_strategies(plan: Any, state: dict[str, Any]) -> None:
-    """Raise a ValueError if the state's curvature is under other strategies: one average must not
-    mix them.
-    """
-    strategies = state.get("strategies", {})
-    for layer in plan.layers:
-        found, own = strategies.get(layer.name), plan.strategy_of(layer)
-        if None not in (found, own) and found != own:
-            raise ValueError(
-                f"Layer '{layer.name}': the state has its curvature under '{found}', not under "
-                f"'{own}'."
-            )
 
 
 def load_plan_state(plan: Any, state: dict[str, Any]) -> dict[nn.Module, str]:
