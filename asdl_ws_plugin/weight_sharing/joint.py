@@ -168,9 +168,11 @@ def share_inverses(
         sent = {}
         for i, same_as, shape, dtype in theirs:
             if same_as not in sent:
+                inverse = places[i][3]
+                # strides count, too: products of the same numbers have other last digits otherwise
                 sent[same_as] = (
-                    places[i][3]
-                    if rank == ranks.rank
+                    inverse.contiguous()
+                    if rank == ranks.rank and inverse is not None
                     else torch.empty(shape, dtype=dtype, device=ranks.device)
                 )
         ranks.broadcast_(list(sent.values()), rank)

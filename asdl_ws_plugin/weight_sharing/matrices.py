@@ -58,6 +58,23 @@ class KFE(symmatrix.KFE):
         return weight, bias
 
 
+# Upstream's floor below both parts of a split damping, for what a bias is multiplied with.
+_FLOOR = 1e-7
+
+
+def _bias_share(A: Tensor, B: Tensor, damping: float) -> Tensor:
+    """What B's inverse is multiplied with, and A's divided by, so that B's has no larger
+    eigenvalues than 1e7.
+
+    The product of both is the same, and so is the answer for a weight. A bias is preconditioned by
+    B alone: where B is nothing but rounding errors, as of keys' biases in K-FAC-reduce, so is the
+    bias' gradient, and must stay that.
+    """
+    part = damping**0.5 * (B.diagonal().mean() / A.diagonal().mean()).sqrt()  # of the damping
+    is_split = torch.isfinite(part) & (part > 0)
+    return torch.where(is_split, (part / _FLOOR).clamp(max=1), torch.ones_like(part))
+
+
 class Kron(symmatrix.Kron):
     """Kronecker factors whose damping is split at any scale.
 
@@ -74,7 +91,14 @@ class Kron(symmatrix.Kron):
         replace: bool = False,
     ) -> None:
         """Upstream's, with no floor below the two parts of the damping."""
+        has_both = self.has_A and self.has_B
+        share = _bias_share(self.A, self.B, damping) if has_both else None
+        zero = [factor is None or bool((factor == 0).all()) for factor in (self.A, self.B)]
         super().update_inv(damping, calc_A_inv, calc_B_inv, eps, replace)
+        if share is not None and calc_A_inv and not zero[0]:
+            self.A_inv.div_(share)
+        if share is not None and calc_B_inv and not zero[1]:
+            self.B_inv.mul_(share)
 
 
 class UnitWise(symmatrix.UnitWise):
@@ -280,6 +304,8 @@ class _SharedA:
         ):
             stand_in = symmatrix.Kron(A, self.mean_B.view(1, 1))
             stand_in.update_inv(damping, calc_B_inv=False, eps=eps)
+            if stand_in.A_inv is not None:
+                stand_in.A_inv.div_(_bias_share(A, stand_in.B, damping))
             self._inverse, self._made_of = stand_in.A_inv, (A, A._version, damping, eps)
         return self._inverse
 
@@ -312,6 +338,8 @@ class BlockKron(Kron):
         A_inv = self._shared.inverse(self.A, damping, eps) if calc_A_inv else None
         if calc_B_inv:
             stand_in.update_inv(damping, calc_A_inv=False, eps=eps)
+            if stand_in.B_inv is not None:
+                stand_in.B_inv.mul_(_bias_share(stand_in.A, self.B, damping))
         for name, inverse in (("A", A_inv), ("B", stand_in.B_inv)):
             if inverse is not None:
                 setattr(self, f"{name}_inv", inverse)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from asdl.symmatrix import SymMatrix
 from torch import nn
 
-import asdl_ws_plugin  # noqa: F401  (shared_dim)
+import asdl_ws_plugin
 
 pytestmark = pytest.mark.usefixtures("double")
 DAMPING = 1e-3
@@ -44,6 +44,20 @@ def test_the_answer_is_the_same_for_A_times_a_number_and_B_divided_by_it(scale: 
         B_damped = B + DAMPING**0.5 / pi * torch.eye(len(B))
         expected = torch.linalg.solve(B_damped, torch.linalg.solve(A_damped, G.mT).mT)
         torch.testing.assert_close(grad, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_a_gradient_of_rounding_errors_stays_that() -> None:
+    """A softmax does not feel the biases of its keys: their gradient is zero, and so is B."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True)
+    model = asdl_ws_plugin.convert(nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 3)))
+    config = asdl.PreconditioningConfig(damping=DAMPING, ema_decay=1.0)
+    maker = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim="reduce")
+    x, y = torch.randn(7, 3, 4), torch.randint(0, 3, (7,))
+    maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+    maker.forward_and_backward()
+    assert float(layer.self_attn.in_proj_bias.grad[4:8].abs().max()) < 1e-8
+    assert float(layer.self_attn.in_proj_bias.grad[:4].abs().max()) > 1e-2
 
 
 def test_without_weight_sharing_the_floor_stays() -> None:
