@@ -55,8 +55,8 @@ FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 
 NO_LAYERS = (
     "The model has no layer whose curvature could be computed: none of a supported type that has "
-    "a trainable parameter and is not ignored. Is everything frozen, is the model scripted or "
-    "traced by torch.jit, or does it need asdl_ws_plugin.convert(model) first?"
+    "a trainable parameter and is not ignored. Is everything frozen, is the model sharded by "
+    "FullyShardedDataParallel, scripted or traced by torch.jit, or does it need asdl_ws_plugin.convert(model) first?"
 )
 # Between the seeds of consecutive batches: 2**64 over the golden ratio, far apart.
 _STRIDE = 0x9E3779B97F4A7C15

@@ -378,8 +378,15 @@ def unsynchronized(model_fn: Any) -> Iterator[None]:
 
     They are averaged here, once, with the weights of the ranks and by name; and a rank that fails
     in its backward pass leaves nobody waiting. Buffers are broadcast as ever.
+
+    Raises a ValueError for one that cannot be kept from it.
     """
     wrappers = list(_wrappers(model_fn))
+    if any(wrapper.static_graph for wrapper in wrappers):
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) averages gradients without the weights of "
+            "the ranks' batches. Make it without static_graph."
+        )
     before = [wrapper.require_backward_grad_sync for wrapper in wrappers]
     try:
         for wrapper in wrappers:
