@@ -316,11 +316,18 @@ class Comparison(WeightSharingFisherMaker):
             )
         raise NothingSeen
 
+    def _check_seen(self, layers: list[Layer], record: Record) -> None:
+        """Whatever is missing is in the result."""
+
     def _report_unseen(self, layers: list[Layer], record: Record) -> None:
         for module, reason in self.unseen.items():
             self.blocks[module].unseen = reason
 
-    def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
+    def _results(self, batch: Batch, fvp: bool) -> list[tuple[nn.Module, Any]]:
         assert isinstance(batch, _CollectingBatch)
         for collector in batch.collectors.values():
             collector.finish()
+        return []
+
+    def _commit(self, results: list[tuple[nn.Module, Any]], accumulate: bool, fvp: bool) -> None:
+        """What is computed here is not the modules'."""

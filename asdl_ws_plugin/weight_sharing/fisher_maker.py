@@ -56,7 +56,8 @@ FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 NO_LAYERS = (
     "The model has no layer whose curvature could be computed: none of a supported type that has "
     "a trainable parameter and is not ignored. Is everything frozen, is the model sharded by "
-    "FullyShardedDataParallel, scripted or traced by torch.jit, or does it need asdl_ws_plugin.convert(model) first?"
+    "FullyShardedDataParallel, scripted or traced by torch.jit, or does it need "
+    "asdl_ws_plugin.convert(model) first?"
 )
 # Between the seeds of consecutive batches: 2**64 over the golden ratio, far apart.
 _STRIDE = 0x9E3779B97F4A7C15
@@ -94,12 +95,14 @@ def check_not_sharded(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         # FSDP1 marks both its flat parameters and those that it leaves to the optimizer.
         if hasattr(p, "device_mesh") or getattr(p, "_fsdp_flattened", False):
-            what = "a DTensor, as fully_shard makes them" if hasattr(p, "device_mesh") else (
-                "sharded by FullyShardedDataParallel"
+            what = (
+                "a DTensor, as fully_shard makes them"
+                if hasattr(p, "device_mesh")
+                else ("sharded by FullyShardedDataParallel")
             )
             raise ValueError(
-                f"Parameter '{name}' is {what}: each rank has a part of it, but the curvature is of "
-                "whole layers. Train with whole copies of the model on every rank instead, with "
+                f"Parameter '{name}' is {what}: each rank has a part of it, but the curvature is "
+                "of whole layers. Train with whole copies of the model on every rank instead, with "
                 "DistributedDataParallel or without a wrapper."
             )
 
@@ -193,8 +196,8 @@ class WeightSharingFisherMaker(FisherMaker):
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
-        # Also set by it: that it is, the processes that train together, where they are in their training, and
-        # what this one's last batch was of the joint one.
+        # Also set by it: that there is one, the processes that train together, where they are in
+        # their training, and what this one's last batch was of the joint one.
         self.belongs_to_maker = False
         self.ranks = Ranks.alone()
         self.place = ""
@@ -424,9 +427,7 @@ class WeightSharingFisherMaker(FisherMaker):
         start = int(torch.randint(2**62, ())) if seed is None else int(seed)
         if seed is not None:
             start += self.draws * _STRIDE
-        return torch.Generator(device).manual_seed(
-            (start + self.ranks.rank * _RANK_STRIDE) % 2**63
-        )
+        return torch.Generator(device).manual_seed((start + self.ranks.rank * _RANK_STRIDE) % 2**63)
 
     # ---------------------------------------------------------------------------- reading the batch
 
@@ -556,9 +557,7 @@ class WeightSharingFisherMaker(FisherMaker):
         return results
 
     @full_precision()
-    def _commit(
-        self, results: list[tuple[nn.Module, Any]], accumulate: bool, fvp: bool
-    ) -> None:
+    def _commit(self, results: list[tuple[nn.Module, Any]], accumulate: bool, fvp: bool) -> None:
         """Make matrices the modules' own, all or none."""
         attr = self.config.fvp_attr if fvp else self.config.fisher_attr
         if not self.belongs_to_maker:

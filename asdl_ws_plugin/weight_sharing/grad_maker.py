@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ._warn import warn
 from .blocks import has_blocks, parameters_of
-from .factors import full_precision
 from .copying import set_state, state_of
+from .factors import full_precision
 from .fisher_maker import (
     WeightSharingFisherMaker,
     check_batch,
@@ -61,6 +61,7 @@ class WeightSharing(NaturalGradientMaker):
 
     fisher_maker: WeightSharingFisherMaker
     _maker_class: type[NaturalGradientMaker]  # upstream's, or a user's
+    partitions: list[list[int]]
     _zero_reported = False
 
     #: Skip a step whose loss or curvature is not finite, on any rank, instead of raising a
@@ -437,7 +438,7 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
     )
 
 
-def _new(maker_class: type[NaturalGradientMaker]) -> WeightSharing:
+def _new(maker_class: Any) -> WeightSharing:
     """An empty gradient maker, for a copy: the class itself is made at run time."""
     made = weight_sharing_class(maker_class)
     return made.__new__(made)

@@ -158,7 +158,7 @@ class LayerWise(SymMatrix):
 
 def corrected(matrix: SymMatrix) -> SymMatrix:
     """The same matrix with upstream's wrong parts replaced by the classes above."""
-    if matrix.data is not None:
+    if matrix.data is not None or matrix.inv is not None:
         matrix = LayerWise(
             matrix.data, matrix.inv, matrix.kron, matrix.kfe, matrix.diag, matrix.unit
         )

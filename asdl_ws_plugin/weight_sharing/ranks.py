@@ -221,7 +221,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def _exchanging(self) -> Iterator[None]:
-        """Tensors are exchanged: a rank that fails now cannot tell, for the others do not listen."""
+        """Tensors are exchanged: a rank that fails now cannot tell, for no other listens."""
         self._is_silent = True
         yield
         self._is_silent = False
@@ -304,9 +304,7 @@ class Ranks:
         rows = self.agree(what, [*astuple(share), *signatures])
         size = len(astuple(share))
         shares = Shares([Share(*row[:size]) for row in rows], self.rank)
-        return shares, [
-            len(set(column)) == 1 for column in list(zip(*rows, strict=True))[size:]
-        ]
+        return shares, [len(set(column)) == 1 for column in list(zip(*rows, strict=True))[size:]]
 
     def average_gradients(
         self, what: str, parameters: Sequence[nn.Parameter], share: Share

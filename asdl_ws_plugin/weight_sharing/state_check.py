@@ -95,9 +95,7 @@ def _check_options(maker: Any, state: dict[str, Any]) -> None:
             "model lacks or leaves out."
         )
     if missing := sorted(set(own) - set(strategies)):
-        raise ValueError(
-            f"The state is of another model: it lacks the layers {_listed(missing)}."
-        )
+        raise ValueError(f"The state is of another model: it lacks the layers {_listed(missing)}.")
     for name, strategy in own.items():
         found = strategies[name]
         if None not in (found, strategy) and found != strategy:

@@ -185,9 +185,7 @@ def state_of_maker(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str
     """The whole state of a gradient maker whose curvature these matrices are."""
     plan, fisher_maker = maker.plan, maker.fisher_maker
     named = {
-        name: matrices[module]
-        for name, module in maker.model.named_modules()
-        if module in matrices
+        name: matrices[module] for name, module in maker.model.named_modules() if module in matrices
     }
     return {
         "step": maker.state["step"],

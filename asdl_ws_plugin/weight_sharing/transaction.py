@@ -32,9 +32,7 @@ def curvature_of(maker: Any) -> dict[nn.Module, SymMatrix]:
     found = {}
     for module in maker.model.modules():
         is_carried = _maker_of(module) is maker
-        matrix = (
-            maker._get_module_fisher(module) if is_carried else maker.put_aside.get(module)
-        )
+        matrix = maker._get_module_fisher(module) if is_carried else maker.put_aside.get(module)
         if matrix is not None:
             found[module] = matrix
     return found

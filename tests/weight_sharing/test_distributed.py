@@ -1,4 +1,4 @@
-"""Sharded parameters are refused: each rank has a part of them, but curvature is of whole layers."""
+"""Sharded parameters are refused: a rank has a part of them, but curvature is of whole layers."""
 
 from __future__ import annotations
 

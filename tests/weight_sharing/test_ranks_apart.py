@@ -9,7 +9,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import asdl
@@ -128,7 +127,7 @@ def half_precision(rank: int, world: int) -> list[str]:
     return [str(p.grad.dtype) for p in model.parameters()]
 
 
-# ------------------------------------------------------------------- layers that one rank leaves out
+# ------------------------------------------------------------------ layers that one rank leaves out
 
 
 class Experts(nn.Module):
@@ -322,7 +321,7 @@ class Positions(nn.Module):
 
 
 def first_batches(rank: int, world: int, conflict: bool) -> Any:
-    """``(R, N, P)``: R is N on rank 0 if they are to conflict; else one example, which says nothing."""
+    """``(R, N, P)``: N is R on rank 0 if they are to conflict, else 1, which says nothing."""
     torch.manual_seed(0)
     model = Positions()
     maker = make(model)
@@ -499,7 +498,8 @@ MESSAGES = {
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["plain", "ddp"])
 @pytest.mark.parametrize(
-    ("kind", "at"), [(kind, at) for kind in MESSAGES for at in (1, 2) if (kind, at) != ("inverse", 1)]
+    ("kind", "at"),
+    [(kind, at) for kind in MESSAGES for at in (1, 2) if (kind, at) != ("inverse", 1)],
 )
 def test_a_rank_that_fails_ends_the_step_on_all_with_its_message(
     ranks: Any, kind: str, at: int, wrap: bool
