@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 import torch
+import torch.overrides as modes
 from asdl.symmatrix import SymMatrix
 from torch import nn
 
@@ -93,6 +94,9 @@ class Snapshot:
             name: getattr(fisher_maker, name) for name in ("unseen", "decay", "draws")
         }
         self.forget = maker.plan.remember()
+        # what a context manager that was interrupted as it was entered may have changed
+        self.grad_mode = torch.is_grad_enabled()
+        self.modes = modes._get_current_function_mode_stack()
         # a NaN would stay in running averages
         self.buffers = [(buffer, buffer.clone()) for buffer in maker.model.buffers()]
 
@@ -119,6 +123,12 @@ class Snapshot:
 
     def _restore(self) -> None:
         maker = self.maker
+        if modes._get_current_function_mode_stack() != self.modes:
+            while modes._len_torch_function_stack():
+                modes._pop_mode()
+            for mode in self.modes:
+                modes._push_mode(mode)
+        torch.set_grad_enabled(self.grad_mode)
         with torch.no_grad():
             for tensor, copy in (*self.sums, *self.buffers):
                 tensor.copy_(copy)
