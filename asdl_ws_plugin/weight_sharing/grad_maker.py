@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +36,6 @@ from .fisher_maker import (
     share_of,
 )
 from .joint import owners, share_inverses
-from .loss import LossObserver, read_loss
 from .matrices import (
     copy_inverses,
     diagonals,
@@ -47,6 +47,7 @@ from .matrices import (
 from .matrices import share_inverses as share_inverses_of_blocks
 from .positions import take_own_positions
 from .ranks import RankFailure, Ranks, unsynchronized
+from .read_loss import LossObserver, read_loss
 from .registry import supported_classes
 from .rules import matches_any
 from .state_check import check_state
@@ -62,6 +63,7 @@ class WeightSharing(NaturalGradientMaker):
     fisher_maker: WeightSharingFisherMaker
     _maker_class: type[NaturalGradientMaker]  # upstream's, or a user's
     partitions: list[list[int]]
+    _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
 
     #: Skip a step whose loss or curvature is not finite, on any rank, instead of raising a
@@ -140,7 +142,11 @@ class WeightSharing(NaturalGradientMaker):
         check_batch(self._logits, self._loss)
         self.fisher_maker.share = share_of(
             read_loss(
-                self._loss, observer.observations, self._logits, None, declared_reduction(self)
+                self._loss,
+                observer.observations,
+                self._logits,
+                None,
+                declared_reduction(self._loss_fn, self._loss_fn_kwargs),
             )
         )
 
@@ -432,7 +438,6 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
         {
             "__doc__": maker_class.__doc__,
             "__module__": maker_class.__module__,
-            "_supported_classes": property(lambda self: supported_classes()),
             "_maker_class": maker_class,
         },
     )
@@ -444,21 +449,31 @@ def _new(maker_class: Any) -> WeightSharing:
     return made.__new__(made)
 
 
+# Upstream's schedule never meets a step that is no multiple of a fraction, and says nothing.
+_WHOLE_NUMBERS = {
+    "curvature_upd_interval": 1,
+    "preconditioner_upd_interval": 1,
+    "curvature_warmup_steps": 0,
+    "preconditioner_warmup_steps": 0,
+}
+
+
 def check(maker: WeightSharing) -> None:
     """Refuse what upstream computes wrongly and this package does not mend, and options that make
     no sense.
     """
     config = maker.config
-    if config.damping < 0:
-        raise ValueError(f"damping has to be at least 0, got {config.damping!r}.")
+    if not (math.isfinite(config.damping) and config.damping >= 0):
+        raise ValueError(f"damping has to be a finite number, at least 0, got {config.damping}.")
+    if not (math.isfinite(maker.scale) and maker.scale > 0):
+        raise ValueError(f"scale has to be a finite number above 0, got {maker.scale}.")
     check_data_size(config.data_size)
     if maker.do_accumulate and not 0 < config.ema_decay <= 1:
-        raise ValueError(
-            f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay!r}."
-        )
-    for name in ("curvature_upd_interval", "preconditioner_upd_interval"):
-        if (interval := getattr(config, name)) is not None and interval < 1:
-            raise ValueError(f"{name} has to be at least 1, got {interval!r}.")
+        raise ValueError(f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay}.")
+    for name, least in _WHOLE_NUMBERS.items():
+        value = getattr(config, name)
+        if value is not None and not (value >= least and float(value).is_integer()):
+            raise ValueError(f"{name} has to be a whole number, at least {least}, got {value}.")
     if maker.ranks.size > 1 and maker.plan.layers_of(SHAPE_KFE):
         raise NotImplementedError(
             "The shape 'kfe' is for one process: an average of eigenbases is none. Use 'kron'."

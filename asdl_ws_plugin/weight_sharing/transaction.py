@@ -10,12 +10,12 @@ import weakref
 from typing import Any
 
 import torch
-import torch.overrides as modes
 from asdl.symmatrix import SymMatrix
 from torch import nn
 
 from .capture import remove_hooks
 from .matrices import copy_inverses
+from .torch_private import function_modes, set_function_modes
 
 __all__ = ["Snapshot", "carry", "curvature_of", "put_aside"]
 
@@ -96,7 +96,7 @@ class Snapshot:
         self.forget = maker.plan.remember()
         # what a context manager that was interrupted as it was entered may have changed
         self.grad_mode = torch.is_grad_enabled()
-        self.modes = modes._get_current_function_mode_stack()
+        self.modes = function_modes()
         # a NaN would stay in running averages
         self.buffers = [(buffer, buffer.clone()) for buffer in maker.model.buffers()]
 
@@ -123,11 +123,7 @@ class Snapshot:
 
     def _restore(self) -> None:
         maker = self.maker
-        if modes._get_current_function_mode_stack() != self.modes:
-            while modes._len_torch_function_stack():
-                modes._pop_mode()
-            for mode in self.modes:
-                modes._push_mode(mode)
+        set_function_modes(self.modes)
         torch.set_grad_enabled(self.grad_mode)
         with torch.no_grad():
             for tensor, copy in (*self.sums, *self.buffers):
