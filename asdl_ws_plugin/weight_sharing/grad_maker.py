@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,7 +61,6 @@ class WeightSharing(NaturalGradientMaker):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
-    _maker_class: type[NaturalGradientMaker]  # upstream's, or a user's
     partitions: list[list[int]]
     _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
@@ -188,7 +187,8 @@ class WeightSharing(NaturalGradientMaker):
                 "Make another one, and load this one's state_dict()."
             )
         state = {**state_of(self), "put_aside": curvature_of(self)}
-        return _new, (self._maker_class,), state
+        # A class that is made at run time is found by what it is made of.
+        return _new, vars(type(self)).get("_made_by", (_itself, type(self))), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         set_state(self, state)
@@ -438,14 +438,18 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
         {
             "__doc__": maker_class.__doc__,
             "__module__": maker_class.__module__,
-            "_maker_class": maker_class,
+            "_made_by": (weight_sharing_class, maker_class),
         },
     )
 
 
-def _new(maker_class: Any) -> WeightSharing:
-    """An empty gradient maker, for a copy: the class itself is made at run time."""
-    made = weight_sharing_class(maker_class)
+def _itself(maker_class: Any) -> Any:
+    return maker_class
+
+
+def _new(make: Callable[[Any], Any], maker_class: Any) -> WeightSharing:
+    """An empty gradient maker, for a copy."""
+    made = make(maker_class)
     return made.__new__(made)
 
 

@@ -160,6 +160,16 @@ def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any], shape: Any) -> N
 
 
 @COPIES
+def test_a_copy_of_a_class_of_this_package(copied: Callable[[Any], Any]) -> None:
+    config = asdl.PreconditioningConfig(damping=1e-2, ema_decay=0.3)
+    maker = asdl_ws_plugin.makers.KfacGradientMaker(network(), config, fisher_type="fisher_emp")
+    make_step(maker, 0)
+    other = copied(maker)
+    assert type(other) is type(maker)
+    assert_same(make_step(other, 1), make_step(maker, 1))
+
+
+@COPIES
 def test_a_copy_beside_its_model_and_another_maker(copied: Callable[[Any], Any]) -> None:
     model = asdl_ws_plugin.convert(
         nn.Sequential(nn.TransformerEncoderLayer(D, 2, 6, 0.0, batch_first=True), nn.Linear(D, C))
