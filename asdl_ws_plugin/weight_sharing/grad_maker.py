@@ -269,7 +269,6 @@ class WeightSharing(NaturalGradientMaker):
             name
             for name, matrix in matrices
             if matrix.kron is not None
-            # what another rank inverts has no inverse here either, but is not zero
             and any(inverse is None and not bool(data.any()) for data, inverse in pairs(matrix))
         ]
         if zero:
