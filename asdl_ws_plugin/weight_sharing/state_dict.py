@@ -139,8 +139,8 @@ def replace_matrices(
 
 
 def rank_state(maker: Any) -> list[int]:
-    """Whose state it is. With several ranks and ``shared_dim=None``, where ASDL carries this module,
-    each has all factors, but inverses of its own layers only.
+    """Whose state it is. With several ranks and ``shared_dim=None``, where ASDL carries this
+    module, each has all factors, but inverses of its own layers only.
     """
     return [maker.world_rank, maker.world_size]
 
