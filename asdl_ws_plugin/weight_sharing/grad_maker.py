@@ -202,6 +202,7 @@ class WeightSharing(NaturalGradientMaker):
         self.fisher_maker.decay = scale
 
     def update_curvature(self) -> None:
+        """Upstream's; without a moving average the new curvature replaces the old."""
         self.fisher_maker.decay = 1.0
         super().update_curvature()
 
@@ -282,6 +283,7 @@ class WeightSharing(NaturalGradientMaker):
     # --------------------------------------------------------------------------------- which layers
 
     def named_modules_for(self, shape: str) -> list[tuple[str, nn.Module]]:
+        """Names and modules of the layers of a shape, as the plan has them."""
         return [(layer.name, layer.module) for layer in self.plan.layers_of(shape)]
 
     def _is_supported(self, module_name: str, module: nn.Module) -> bool:
@@ -306,6 +308,7 @@ class WeightSharing(NaturalGradientMaker):
             yield from (p for p in parameters_of(module) if p.requires_grad)
 
     def is_module_for_inv_and_precondition(self, module: nn.Module) -> bool:
+        """Whether the plan holds this module: nothing else has curvature."""
         return module in self.plan
 
     def _precondition_module(

@@ -14,6 +14,7 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from .blocks import input_group
+from .torch_private import version_of
 
 __all__ = ["KFE", "Kron", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
 
@@ -111,6 +112,7 @@ class UnitWise(symmatrix.UnitWise):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Upstream's, for a bias or a weight alone too."""
         blocks = self.inv if use_inv else self.data  # (units, weights of a unit + bias, same)
         units = blocks.shape[0]
         vectors = vec_weight.reshape(units, -1)
@@ -135,6 +137,7 @@ class LayerWise(SymMatrix):
 
     @property
     def has_inv(self) -> bool:
+        """Whether the inverse is there."""
         return self.inv is not None
 
     def mvp(
@@ -145,6 +148,7 @@ class LayerWise(SymMatrix):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> ParamVector | list[Tensor]:
+        """Multiply with the block or its inverse."""
         if vectors is not None:
             return super().mvp(vectors=vectors, use_inv=use_inv, inplace=inplace)
         given = [vec for vec in (vec_weight, vec_bias) if vec is not None]
@@ -300,13 +304,13 @@ class _SharedA:
         if (
             not self._made_of
             or self._made_of[0] is not A
-            or self._made_of[1:] != (A._version, damping, eps)
+            or self._made_of[1:] != (version_of(A), damping, eps)
         ):
             stand_in = symmatrix.Kron(A, self.mean_B.view(1, 1))
             stand_in.update_inv(damping, calc_B_inv=False, eps=eps)
             if stand_in.A_inv is not None:
                 stand_in.A_inv.div_(_bias_share(A, stand_in.B, damping))
-            self._inverse, self._made_of = stand_in.A_inv, (A, A._version, damping, eps)
+            self._inverse, self._made_of = stand_in.A_inv, (A, version_of(A), damping, eps)
         return self._inverse
 
 

@@ -15,6 +15,8 @@ from torch import nn
 
 import asdl_ws_plugin
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:

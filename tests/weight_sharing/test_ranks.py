@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import asdl_ws_plugin
 from asdl_ws_plugin import padding, segments
 
+pytestmark = pytest.mark.slow
 N, D, C = 7, 4, 3  # not a multiple of any number of ranks here: the last batch is smaller
 STEPS = 6
 

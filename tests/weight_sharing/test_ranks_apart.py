@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import asdl_ws_plugin  # noqa: F401  (shared_dim)
 
+pytestmark = pytest.mark.slow
 N = 8
 
 
