@@ -149,7 +149,11 @@ def mixed_in(maker_class: Any) -> Any:
     return type(
         maker_class.__name__,
         (base, Upstream),
-        {"__doc__": maker_class.__doc__, "__module__": maker_class.__module__},
+        {
+            "__doc__": maker_class.__doc__,
+            "__module__": maker_class.__module__,
+            "_made_by": (mixed_in, maker_class),
+        },
     )
 
 

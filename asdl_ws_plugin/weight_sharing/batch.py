@@ -33,6 +33,7 @@ from .blocks import LinearBlock, input_group, lent_to, parameters_of
 from .capped import capped, identity
 from .capture import Call, Layer, Record, last_nodes
 from .errors import LayerError, LayerRuntimeError
+from .operations import _Expand
 from .plan import Plan
 from .ragged import Mask, Segments
 from .send_back import receiving, send_back
@@ -111,6 +112,22 @@ class Batch:
                     "setup_logits_repr says otherwise, or those are not what the loss was given,"
                 )
         return reasons
+
+    def mean_positions(self) -> dict[nn.Module, float]:
+        """How many positions an example has on average, of layers whose A is divided by that."""
+        means = {}
+        for layer in self.layers:
+            calls = self.record.calls.get(layer.module)
+            if calls is None or layer.shape not in (SHAPE_KRON, SHAPE_SWIFT_KRON):
+                continue
+            if not isinstance(self.context.get_operation(layer.module), _Expand):
+                continue
+            weight: Any = layer.module.weight
+            ragged = self.arranged[layer.module].ragged
+            rows = sum(call.out_shape.numel() for call in calls) / weight.shape[0]
+            count = rows if ragged is None else ragged.num_positions
+            means[layer.module] = count / self.num_examples
+        return means
 
     # --------------------------------------------------------------------------------------- inputs
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .errors import LayerRuntimeError, LayerTypeError
 from .lineage import Lineage, tracing
-from .torch_private import base_of, eagerly, version_of
+from .torch_private import base_of, eagerly, remove_forward_hooks, version_of
 
 __all__ = [
     "Call",
@@ -35,6 +35,7 @@ __all__ = [
     "output_edge",
     "reached_nodes",
     "recording",
+    "remove_hooks",
 ]
 
 
@@ -135,11 +136,19 @@ class Captured:
 
 
 _records: list[Record] = []
+_MARK = "_asdl_ws_hook"  # of this module's hooks
 
 
 def current_record() -> Record | None:
     """The record that is being made, if one is."""
     return _records[-1] if _records else None
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Remove what an interrupt between two instructions of :func:`recording` may have left."""
+    _records.clear()
+    for module in model.modules():
+        remove_forward_hooks(module, lambda hook: hasattr(hook, _MARK))
 
 
 def last_nodes(outputs: Tensor, nodes: set[Node]) -> set[Node]:
@@ -318,4 +327,5 @@ def _recorder(
                 raise
             on_refusal(layer, error)
 
+    setattr(hook, _MARK, True)
     return hook

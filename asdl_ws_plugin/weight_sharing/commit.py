@@ -13,13 +13,17 @@ from .batch import Batch
 from .capture import Layer
 from .errors import layer_message
 from .factors import full_precision
-from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
+from .joint import owners, share_inverses
+from .matrices import corrected, is_of, merge, shared_tensors, tensors, trained
+from .matrices import share_inverses as share_inverses_of_blocks
+from .ranks import Ranks
 
-__all__ = ["collect", "commit", "commit_products", "invert"]
+__all__ = ["commit", "commit_products", "invert", "matrices_of"]
 
 
-def collect(batch: Batch, unseen: Container[nn.Module]) -> list[tuple[nn.Module, SymMatrix]]:
-    """The batch's curvature, of the modules that took part in it.
+@full_precision()
+def matrices_of(batch: Batch, unseen: Container[nn.Module]) -> list[tuple[nn.Module, SymMatrix]]:
+    """Modules and their curvature in a batch, without the layers that took no part.
 
     Raises a FloatingPointError if a matrix is not finite.
     """
@@ -124,21 +128,36 @@ def _check_finite(results: list[tuple[nn.Module, SymMatrix]], layers: Sequence[L
 
 
 @full_precision()
-def invert(model: nn.Module, layers: Sequence[Layer], attr: str, damping: Any) -> None:
-    """Replace the modules' curvature by its damped inverse.
+def invert(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    attr: str,
+    damping: Any,
+    ranks: Ranks,
+    place: str,
+) -> None:
+    """Replace the modules' curvature by its damped inverse, which one of the ranks computes.
 
     Raises a LinAlgError if a damped matrix is not positive definite.
     """
-    modules = [(layer.name, layer.module) for layer in layers] + [("", model)]
     found = [
-        (name, module, matrix)
-        for name, module in modules
-        if (matrix := getattr(module, attr, None)) is not None
+        (layer.name, layer.module, matrix)
+        for layer in layers
+        if (matrix := getattr(layer.module, attr, None)) is not None
     ]
-    share_inverses((module, matrix) for _, module, matrix in found)
-    for name, _, matrix in found:
+    pairs = [(module, matrix) for _, module, matrix in found]
+    share_inverses_of_blocks(pairs)
+    owner = owners(ranks, pairs)
+    mine = [
+        (name, matrix)
+        for (name, _, matrix), rank in zip(found, owner, strict=True)
+        if rank == ranks.rank
+    ]
+    full = getattr(model, attr, None)
+    for name, matrix in [*mine, *([("", full)] if full is not None else [])]:
         try:
             matrix.update_inv(damping, replace=True)
         except torch.linalg.LinAlgError as error:
             reason = f"its curvature plus damping {damping} is not positive definite"
             raise torch.linalg.LinAlgError(layer_message(name, reason, f"({error})")) from error
+    share_inverses(ranks, f"{place}, inverses", [m for _, m in pairs], owner, replace=True)

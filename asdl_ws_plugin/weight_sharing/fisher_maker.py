@@ -31,31 +31,34 @@ from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
-from .arrange import Arranged, arrange
+from .arrange import arrange
 from .batch import Batch
 from .capture import Captured, Record, recording
-from .commit import collect, commit, commit_products, invert
+from .commit import commit, commit_products, invert, matrices_of
+from .copying import set_state, state_of
 from .count import Count, count_examples, leading_sizes
+from .joint import joint_curvature
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
 from .micro_batches import MicroBatches
 from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
-from .operations import EXPAND
 from .plan import Plan
 from .positions import take_positions
 from .probe import counted
+from .ranks import Ranks, Share
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
-from .shapes import KRONECKER
-from .torch_private import eagerly, unwrapped
+from .torch_private import eagerly, is_sharded_by_fsdp1, unwrapped
+from .transaction import put_aside
 from .unseen import UnseenReport, check_any_called
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
 
 NO_LAYERS = (
     "The model has no layer whose curvature could be computed: none of a supported type that has "
-    "a trainable parameter and is not ignored. Is everything frozen, is the model scripted or "
-    "traced by torch.jit, or does it need asdl_ws_plugin.convert(model) first?"
+    "a trainable parameter and is not ignored. Is everything frozen, is the model sharded by "
+    "FullyShardedDataParallel, scripted or traced by torch.jit, or does it need "
+    "asdl_ws_plugin.convert(model) first?"
 )
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
 
@@ -105,13 +108,23 @@ def check_config(model: nn.Module, config: FisherConfig) -> None:
         raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
     check_data_size(config.data_size)
     check_var(config.var)
+    check_not_sharded(model)
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raise a ValueError if a rank has parts of parameters only."""
     for name, p in model.named_parameters():
         if hasattr(p, "device_mesh"):
-            raise ValueError(
-                f"Parameter '{name}' is a DTensor, as fully_shard makes them: each rank has a "
-                "part of it, but the curvature is of whole layers. Train with whole copies of "
-                "the model on every rank instead."
-            )
+            what = "a DTensor, as fully_shard makes them"
+        elif is_sharded_by_fsdp1(p):
+            what = "sharded by FullyShardedDataParallel"
+        else:
+            continue
+        raise ValueError(
+            f"Parameter '{name}' is {what}: each rank has a part of it, but the curvature is of "
+            "whole layers. Train with whole copies of the model on every rank instead, with "
+            "DistributedDataParallel or without a wrapper."
+        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +222,19 @@ class WeightSharingFisherMaker(FisherMaker):
         self.given: Captured | None = None
         # Or, of an average without bias: the least weight that an update has.
         self.least_weight: float | None = None
+        # Also set by it: that there is one, the processes that train together, where they are in
+        # their training, and what this one's last batch was of the joint one.
+        self.belongs_to_maker = False
+        self.ranks = Ranks.alone()
+        self.place = ""
+        self.share = Share()
         self._unseen_report = UnseenReport(self.plan)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_of(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_state(self, {**state, "ranks": Ranks.alone()})
 
     @property
     def is_fisher_emp(self) -> bool:
@@ -273,7 +298,8 @@ class WeightSharingFisherMaker(FisherMaker):
         captured = self.capture() if self.given is None else self.given
         self.take(captured, step)
         if calc_inv and self.micro_batches is None:
-            invert(self.model, self.plan.layers, self.config.fisher_attr, damping)
+            attr = self.config.fisher_attr
+            invert(self.model, self.plan.layers, attr, damping, self.ranks, self.place)
         return self._model_output, captured.loss if self.is_fisher_emp or calc_loss_grad else None
 
     def capture(self) -> Captured:
@@ -314,7 +340,7 @@ class WeightSharingFisherMaker(FisherMaker):
         check_captured(captured, config.fisher_type, self.plan)
         reading = read(captured, plan, config, step.has_data_size)
         count, evidence = counted(plan, layers, captured, reading.source)
-        plan.decide(reading.num_rows, count.num_logits_of_examples)
+        self._decide(reading.num_rows, count.num_logits_of_examples)
         scale_A, scale_B = step.scales(
             reading, count, captured.loss is not None, captured.loss_scale
         )
@@ -343,15 +369,20 @@ class WeightSharingFisherMaker(FisherMaker):
             with_grad=step.calc_loss_grad,
         )
         self.unseen = batch.unseen()
-        self._unseen_report.report(layers, record, self.unseen)
+        self._unseen_report.check(layers, record, self.unseen)
         if step.fvp:
+            self._unseen_report.report(layers, record, self.unseen)
             commit_products(batch, self.unseen, config.fvp_attr)
         else:
-            results = collect(batch, self.unseen)
+            results = matrices_of(batch, self.unseen)
+            is_alone = self.ranks.size == 1  # then nothing has to be read back from the device
+            n = count.num_examples
+            share = Share(num_examples=n) if is_alone else share_of(reading, n)
             if self.micro_batches is None:
-                self._commit(results, step.accumulate)
+                self._commit(results, step, share, batch.mean_positions())
             else:
-                self._add(results, count, arranged)
+                self._add(results, step, share, batch.mean_positions())
+            self._unseen_report.report(layers, record, self.unseen)
         if not step.fvp:  # products are with one matrix, so its labels are those of one draw
             self.draws += 1
         plan.note_absent(record.absent)
@@ -363,37 +394,63 @@ class WeightSharingFisherMaker(FisherMaker):
             captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
         )
 
-    def commit_micro_batches(self, accumulate: bool) -> None:
+    def commit_micro_batches(self) -> None:
         """Stage 6 for the joint batch of several micro-batches."""
-        assert self.micro_batches is not None
-        self.unseen = self.micro_batches.unseen
-        self._commit(self.micro_batches.joined(self._is_forward_only), accumulate)
-
-    def _commit(self, results: list[tuple[nn.Module, SymMatrix]], accumulate: bool) -> None:
-        decay = self.decay if accumulate else None
-        commit(self.model, results, self.config.fisher_attr, decay, self.least_weight)
+        total = self.micro_batches
+        assert total is not None and total.step is not None
+        self.unseen = total.unseen
+        self._commit(total.joined(), total.step, total.share, total.positions)
 
     def _add(
         self,
         results: list[tuple[nn.Module, SymMatrix]],
-        count: Count,
-        arranged: dict[nn.Module, Arranged],
+        step: Step,
+        share: Share,
+        positions: dict[nn.Module, float],
     ) -> None:
         assert self.micro_batches is not None
-        weights = {}
-        if self.config.data_size == _INVALID_DATA_SIZE:
-            for layer in self.plan.layers:
-                if layer.module in arranged and layer.shape in KRONECKER:
-                    is_mean = self.plan.strategy_of(layer) == EXPAND
-                    positions = arranged[layer.module].R if is_mean else 1.0
-                    weights[layer.module] = count.num_examples * positions
+        is_mean = not step.has_data_size
         self.micro_batches = self.micro_batches.added(
-            results, weights, self.unseen, self._is_forward_only
+            results,
+            self.unseen,
+            share,
+            positions,
+            step,
+            weigh_A=is_mean,
+            weigh_B=is_mean and self.config.fisher_type == FISHER_FORWARD_ONLY,
         )
 
-    @property
-    def _is_forward_only(self) -> bool:
-        return self.config.fisher_type == FISHER_FORWARD_ONLY
+    def _commit(
+        self,
+        results: list[tuple[nn.Module, SymMatrix]],
+        step: Step,
+        share: Share,
+        positions: dict[nn.Module, float],
+    ) -> None:
+        """Stage 6, of the joint batch of all ranks."""
+        self.share = share
+        if self.ranks.size > 1:
+            results = joint_curvature(
+                self.ranks,
+                f"{self.place}, curvature",
+                self.plan,
+                results,
+                self.unseen,
+                share,
+                positions,
+                step.has_data_size,
+            )
+        if not self.belongs_to_maker:
+            put_aside(self.model)  # what a gradient maker has gathered is not this maker's
+        decay = self.decay if step.accumulate else None
+        commit(self.model, results, self.config.fisher_attr, decay, self.least_weight)
+
+    def _decide(self, num_terms: int, num_examples: int) -> None:
+        """Settle ``'auto'`` by the joint batch."""
+        if self.ranks.size > 1 and self.plan.setting is None and self.plan.is_auto:
+            rows = self.ranks.agree(f"{self.place}, setting", [num_terms, num_examples])
+            num_terms, num_examples = (int(sum(column)) for column in zip(*rows, strict=True))
+        self.plan.decide(num_terms, num_examples)
 
     def _estimate(self) -> Estimate:
         config = self.config
@@ -402,7 +459,15 @@ class WeightSharingFisherMaker(FisherMaker):
             config.n_mc_samples,
             config.seed,
             self.draws,
+            self.ranks.rank if self.ranks.size > 1 else None,
         )
+
+
+def share_of(reading: Reading, num_examples: int = 0) -> Share:
+    """What the loss of one rank's batch is of the joint loss."""
+    weight, factor = reading.source.weight, float(reading.sum_factor)
+    kept = reading.num_rows if weight is None else int(torch.count_nonzero(weight))
+    return Share(factor, factor, kept, num_examples)
 
 
 def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> str | None:

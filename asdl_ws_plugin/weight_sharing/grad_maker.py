@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from asdl.matrices import SHAPE_KFE
 from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
 from asdl.symmatrix import SymMatrix
@@ -24,10 +24,19 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from ._warn import warn
-from .blocks import LinearBlock, has_blocks, lent_to, parameters_of
+from .blocks import has_blocks, parameters_of
 from .commit import invert
+from .copying import set_state, state_of
 from .factors import full_precision
-from .fisher_maker import WeightSharingFisherMaker, check_batch, check_data_size, check_setup
+from .fisher_maker import (
+    WeightSharingFisherMaker,
+    check_batch,
+    check_data_size,
+    check_setup,
+    declared_reduction,
+    share_of,
+)
+from .joint import owners, share_inverses
 from .matrices import (
     copy_inverses,
     diagonals,
@@ -35,39 +44,43 @@ from .matrices import (
     is_of,
     pairs,
     precondition_bias,
-    share_inverses,
 )
+from .matrices import share_inverses as share_inverses_of_blocks
 from .micro_batches import MicroBatches
-from .observe_loss import loss_and_count
+from .observe_loss import LossObserver, loss_and_count
 from .positions import take_own_positions
+from .ranks import RankFailure, Ranks, Share, unsynchronized
+from .reading import read_loss
 from .registry import supported_classes
 from .rules import matches_any
+from .state_check import check_state
 from .state_dict import (
-    check_strategies,
-    complete_inverses,
-    curvature_state,
-    load_curvature_state,
     load_plan_state,
     load_training_state,
-    plan_state,
-    rank_state,
-    training_state,
+    loaded_matrices,
+    replace_matrices,
+    state_of_maker,
 )
 from .training import TrainingOptions
 from .training_config import check_training_config
+from .transaction import Snapshot, carry, curvature_of
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
-
-# An ASDL with the patches in patches/ averages curvature and all gradients over the ranks itself.
-_KEEPS_RANKS_IN_STEP = hasattr(NaturalGradientMaker, "average_over_ranks")
 
 
 class WeightSharing(TrainingOptions):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
+    partitions: list[list[int]]
     _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
+
+    #: Skip a step whose loss or curvature is not finite, on any rank, instead of raising a
+    #: FloatingPointError: nothing is updated, ``.grad`` stays as it is, the step does not count.
+    skip_nonfinite = False
+    #: How many steps were skipped.
+    num_skipped = 0
 
     # --------------------------------------------------------------------------------- what is read
 
@@ -100,12 +113,13 @@ class WeightSharing(TrainingOptions):
                 once: k micro-batches with the loss divided by k are the joint batch.
 
         Returns the model's output and the loss. A step that raises leaves ``.grad``, the curvature
-        and the step count as they were.
+        and the step count as they were. With several ranks it raises on all of them.
         """
-        check_setup(self, needs_loss=True)
         if not accumulate and self.fisher_maker.micro_batches is None:
-            with self._noting_updates(), self._undone_on_error():
+            with self._transaction(), self._noting_updates():
+                check_setup(self, needs_loss=True)
                 return super().forward_and_backward()
+            return self._outputs()
         self.add_micro_batch()
         if not accumulate:
             self.finish_step()
@@ -121,11 +135,13 @@ class WeightSharing(TrainingOptions):
         before = maker.micro_batches
         maker.micro_batches = before or MicroBatches()
         try:
-            with self._undone_on_error():
+            with self._transaction():
+                check_setup(self, needs_loss=True)
                 step = self.state["step"]
                 if self.do_forward_and_backward(step):
                     self.forward()
                     self.backward()
+                    maker.micro_batches = maker.micro_batches.with_share(maker.share)
                 if self.do_update_curvature(step):
                     self.update_curvature()
         except BaseException:
@@ -141,29 +157,27 @@ class WeightSharing(TrainingOptions):
         """
         maker, step = self.fisher_maker, self.state["step"]
         try:
-            with self._noting_updates(), self._undone_on_error(with_grads=False):
+            with self._transaction(with_grads=False), self._noting_updates():
                 self._startup()
                 self._commit_micro_batches()
                 if self.do_update_preconditioner(step):
                     self.update_preconditioner()
                 self._precondition_or_drop()
                 self._teardown()
+                self.state["step"] += 1
         finally:
             maker.micro_batches = None
-        self.state["step"] += 1
 
     def _commit_micro_batches(self) -> None:
         maker = self.fisher_maker
         has_curvature = maker.micro_batches is not None and maker.micro_batches.count > 0
+        maker.share = Share() if maker.micro_batches is None else maker.micro_batches.share
         if has_curvature:
-            maker.commit_micro_batches(self.do_accumulate)
+            maker.commit_micro_batches()
         maker.micro_batches = None
-        if not has_curvature:
-            return
-        if not self.do_accumulate:
-            invert(self.model, self.plan.layers, self._fisher_attr, self.config.damping)
-        elif self.world_size > 1:
-            self.reduce_scatter_curvature()
+        if has_curvature and not self.do_accumulate:
+            attr, damping = self._fisher_attr, self.config.damping
+            invert(self.model, self.plan.layers, attr, damping, self.ranks, maker.place)
 
     def _precondition_or_drop(self) -> None:
         try:
@@ -174,45 +188,36 @@ class WeightSharing(TrainingOptions):
             raise
 
     @contextlib.contextmanager
-    def _undone_on_error(self, with_grads: bool = True) -> Iterator[None]:
-        # Only this step's gradient is preconditioned, so the gradients that are already there are
-        # set aside.
-        parameters = list(self.model.parameters()) if with_grads else []
-        held = {p: p.grad for p in parameters if p.grad is not None}
-        for p in held:
-            p.grad = None
-        before = {
-            module: matrix
-            for module in self.model.modules()
-            if (matrix := self._get_module_fisher(module)) is not None
-        }
-        inverses = [entry for matrix in before.values() for entry in copy_inverses(matrix)]
-        maker = self.fisher_maker
-        unseen, decay, draws = maker.unseen, maker.decay, maker.draws
-        forget = self.plan.remember()
-        buffers = [
-            (buffer, buffer.clone()) for buffer in self.model.buffers()
-        ]  # a NaN would stay in running averages
+    def _transaction(self, with_grads: bool = True) -> Iterator[None]:
+        """All or nothing, on all ranks; with :attr:`skip_nonfinite`, nothing is no error.
+
+        Args:
+            with_grads: gradients that are there are set aside, since only this step's are
+                preconditioned; and they come back if it fails.
+        """
+        self.ranks.begin()
+        carry(self)
+        before = Snapshot(self, with_grads)
         try:
-            yield
-        except BaseException:
-            for p in parameters:
-                p.grad = held.get(p)
-            for module in self.model.modules():
-                if module in before:
-                    self._set_module_fisher(module, before[module])
-                elif self._get_module_fisher(module) is not None:
-                    delattr(module, self._fisher_attr)
-            for holder, name, inverse in inverses:
-                setattr(holder, name, inverse)
-            maker.unseen, maker.decay, maker.draws = unseen, decay, draws
-            forget()
-            with torch.no_grad():
-                for buffer, copy in buffers:
-                    buffer.copy_(copy)
-            raise
-        for p, grad in held.items():
-            p.grad = grad if p.grad is None else grad.add_(p.grad)
+            if with_grads:
+                before.set_aside_grads()
+            self.fisher_maker.place = f"step {before.step}"
+            with unsynchronized(self._model_fn) if self.ranks.size > 1 else nullcontext():
+                yield
+            if with_grads:
+                before.add_grads()
+        except BaseException as error:
+            before.restore()
+            if not isinstance(error, RankFailure):
+                self.ranks.tell(error)
+            if not (self.skip_nonfinite and isinstance(error, FloatingPointError)):
+                raise
+            self.num_skipped += 1
+
+    def _outputs(self) -> tuple[Any, Any]:
+        """The output and the loss of a step that was skipped."""
+        maker = self.fisher_maker if self.do_update_curvature() else self
+        return maker._model_output, maker._loss
 
     def call_loss(self) -> Tensor:
         """Upstream's, with the losses of AlgoPerf's workloads understood, too."""
@@ -224,48 +229,72 @@ class WeightSharing(TrainingOptions):
         too.
         """
         take_own_positions(self.model)  # a layer's own segments are those of one step
-        super().forward()
+        if self.ranks.size == 1:
+            super().forward()
+            check_batch(self._logits, self._loss)
+            return
+        observer = LossObserver()
+        with observer if self._loss_fn is None else nullcontext():
+            self.call_model()
+        with observer:
+            self.call_loss()
         check_batch(self._logits, self._loss)
+        self.fisher_maker.share = share_of(
+            read_loss(
+                self._loss,
+                observer.observations,
+                self._logits,
+                None,
+                reduction=declared_reduction(self._loss_fn, self._loss_fn_kwargs),
+            )
+        )
 
     # ---------------------------------------------------------------------------------------- state
 
+    @functools.cached_property
+    def put_aside(self) -> dict[nn.Module, SymMatrix]:
+        """This maker's curvature of modules that carry another one's now."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """The step, the curvature with its inverses, and what batches have settled: all that the
-        next step needs.
+        next step needs, on any number of ranks.
 
         Tensors are references, as in ``torch.optim``.
         """
-        training = {"training": training_state(self)} if self._training is not None else {}
-        return {
-            **super().state_dict(),
-            **training,
-            "curvature": curvature_state(self.model, self._fisher_attr),
-            "rank": rank_state(self),
-            "weight_sharing": {
-                **plan_state(self.plan, self.fisher_maker.unseen),
-                "draws": self.fisher_maker.draws,
-            },
-        }
+        return state_of_maker(self, curvature_of(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, mid-interval too. A state with the step alone (ASDL 0.1a5) leaves the
         curvature as it is.
 
-        Raises a ValueError if the state is of another model, of other strategies, or none of a
-        gradient maker.
+        Raises a ValueError, with nothing changed, if the state is of another model, of other
+        strategies or options, of another version, or damaged.
         """
-        if "step" not in state_dict:
-            raise ValueError("This is no state of a gradient maker: it has no 'step'.")
-        check_strategies(self.plan, state_dict.get("weight_sharing", {}))
+        check_state(self, state_dict)
         if "curvature" in state_dict:
-            load_curvature_state(self.model, self._fisher_attr, state_dict["curvature"])
-            if self._training is not None and "training" in state_dict:
-                load_training_state(self, state_dict["training"])
-            complete_inverses(self, state_dict)
-        if "weight_sharing" in state_dict:
+            matrices = loaded_matrices(self.model, state_dict["curvature"])
+            if self.training is not None:
+                load_training_state(self, state_dict["training"], dict(matrices))
+            carry(self)
+            replace_matrices(self.model, self._fisher_attr, matrices)
             self.fisher_maker.unseen = load_plan_state(self.plan, state_dict["weight_sharing"])
-            self.fisher_maker.draws = state_dict["weight_sharing"].get("draws", 0)
+            self.fisher_maker.draws = state_dict["weight_sharing"]["draws"]
         self.state["step"] = state_dict["step"]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.sync_group is not None:
+            raise TypeError(
+                "A gradient maker with a sync_group cannot be copied, since process groups cannot. "
+                "Make another one, and load this one's state_dict()."
+            )
+        state = {**state_of(self), "put_aside": curvature_of(self)}
+        # A class that is made at run time is found by what it is made of.
+        return _new, vars(type(self)).get("_made_by", (_itself, type(self))), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        set_state(self, state)
+        self.fisher_maker.ranks = self.ranks
 
     # ------------------------------------------------------------------------------------ curvature
 
@@ -284,7 +313,7 @@ class WeightSharing(TrainingOptions):
         """Upstream's, with the factors restored to the last bit after damping was added and taken
         away again.
         """
-        config = self._training
+        config = self.training
         if config is not None and config.relative_damping and not args and not kwargs:
             self._report_zero(self._update_relative_inverses())
             return
@@ -296,7 +325,7 @@ class WeightSharing(TrainingOptions):
             for name, module in named
             if (matrix := self._get_module_fisher(module)) is not None
         ]
-        share_inverses(
+        share_inverses_of_blocks(
             (layer.module, matrix)
             for layer in self.plan.layers
             if (matrix := self._get_module_fisher(layer.module)) is not None
@@ -310,7 +339,8 @@ class WeightSharing(TrainingOptions):
                 for holder, name, _ in copy_inverses(matrix):
                     setattr(holder, name, None)
         try:
-            super().update_preconditioner(*args, **kwargs)
+            with self._inverting_own():
+                super().update_preconditioner(*args, **kwargs)
         except torch.linalg.LinAlgError as error:
             damped = [name for name, view, copy in saved if not torch.equal(view, copy)]
             name = next(
@@ -346,7 +376,6 @@ class WeightSharing(TrainingOptions):
             name
             for name, matrix in matrices
             if matrix.kron is not None
-            # what another rank inverts has no inverse here either, but is not zero
             and any(inverse is None and not bool(data.any()) for data, inverse in pairs(matrix))
         ]
         if zero:
@@ -450,71 +479,61 @@ class WeightSharing(TrainingOptions):
 
     # --------------------------------------------------------------------------------- distribution
     #
-    # Upstream reduces factors to the rank that inverts them, and gradients only on curvature steps
-    # and of layers that it knows. Here every rank gets the average of both, so that no rank's
-    # moving average is its own, and all gradients are in step on every step; which rank inverts and
-    # preconditions what, and the broadcast, is upstream's.
+    # Upstream (0.1a5) averages by position, only layers that it knows, on curvature steps only, and
+    # lets each rank keep a history of its own. It sees one process here, which has everything;
+    # :mod:`~.ranks` and :mod:`~.joint` see to it that every rank's is that of the joint batch.
 
-    def reduce_scatter_curvature(
-        self, kron: Any = None, diag: Any = None, with_grad: bool = True
-    ) -> None:
-        """Average the curvature over the ranks; every rank gets it."""
-        if self.fisher_maker.micro_batches is not None:
-            return  # of a micro-batch; the step's own is averaged when it ends
-        if _KEEPS_RANKS_IN_STEP:
-            super().reduce_scatter_curvature(kron, diag, with_grad=False)
+    @functools.cached_property
+    def ranks(self) -> Ranks:
+        """The processes that train together: those of ``sync_group``, or all."""
+        return Ranks(self.sync_group, self.device)
+
+    def get_distr_prec_partition(self) -> list[list[int]]:
+        """One process has everything, as far as upstream knows."""
+        self.world_rank, self.world_size = 0, 1
+        # Layers may be frozen and unfrozen later, so there is room for all of them.
+        room = sum(1 for _ in self.model.modules())
+        return [[0] * room for _ in _module_level_shapes]
+
+    @contextlib.contextmanager
+    def _inverting_own(self) -> Iterator[None]:
+        """Let upstream invert the layers that are this rank's, and give every rank all inverses."""
+        if self.ranks.size == 1:
+            yield
             return
-        # Not ReduceOp.AVG, which MPI does not have, nor Gloo in older releases of PyTorch.
-        for tensor in self.get_fisher_from_model():
-            dist.all_reduce(
-                tensor.div_(dist.get_world_size(self.sync_group)), group=self.sync_group
-            )
+        pairs = [
+            (layer.module, matrix)
+            for layer in self.plan.layers
+            if (matrix := self._get_module_fisher(layer.module)) is not None
+        ]
+        owner = owners(self.ranks, pairs)
+        others = {
+            module
+            for (module, _), rank in zip(pairs, owner, strict=True)
+            if rank != self.ranks.rank
+        }
+        everything = self.partitions
+        self.partitions = [
+            [int(module in others) for module in self.modules_for(shape)]
+            for shape in _module_level_shapes
+        ]
+        try:
+            yield
+        finally:
+            self.partitions = everything
+        what = f"{self.fisher_maker.place}, inverses"
+        share_inverses(self.ranks, what, [matrix for _, matrix in pairs], owner)
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
-        """Upstream's, of gradients that are averaged over the ranks first."""
-        if self.world_size > 1 and not _KEEPS_RANKS_IN_STEP:
-            for p in self.model.parameters():
-                if p.grad is not None:
-                    p.grad.div_(dist.get_world_size(self.sync_group))
-            self._all_reduce_grad(self.model)
+        """Upstream's, of the joint gradient."""
+        if self.ranks.size > 1 and not args and kwargs.get("vectors") is None:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            what = f"{self.fisher_maker.place}, gradients"
+            self.ranks.average_gradients(what, parameters, self.fisher_maker.share)
         given = bool(args or kwargs.get("vectors"))
-        with contextlib.nullcontext() if given else self._step():
+        with nullcontext() if given else self._step():
             super().precondition(*args, **kwargs)
-
-    def all_gather_or_reduce_grad(self) -> None:
-        """Upstream's broadcast from the owners, of blocks and lent biases too."""
-        gather = NaturalGradientMaker.all_gather_or_reduce_grad
-        getattr(gather, "__wrapped__", gather)(
-            self
-        )  # its NVTX decorator fails on builds of torch without it
-        # The gradients of blocks are views, and their modules have no Parameters: upstream neither
-        # finds nor sets them. Nor does it find a bias that is lent to a layer.
-        for enum_shape, shape in enumerate(_module_level_shapes):
-            for enum_module, module in enumerate(self.modules_for(shape)):
-                owner, ranks = self.partitions[enum_shape][enum_module], self.sync_group_ranks
-                for p in (
-                    parameters_of(module) if isinstance(module, LinearBlock) else lent_to(module)
-                ):
-                    if p.requires_grad and p.grad is not None:
-                        grad = p.grad.contiguous()
-                        dist.broadcast(
-                            grad, owner if ranks is None else ranks[owner], group=self.sync_group
-                        )
-                        p.grad.copy_(grad)
-
-    def computational_cost(self, shape: str, module: nn.Module) -> float:
-        """Upstream's estimate, without its assertion on the class's name."""
-        return sum(p.numel() for p in parameters_of(module)) ** 0.3
-
-    def get_distr_prec_partition(self) -> list[list[int]]:
-        """Which rank inverts what; without ranks, all of it is rank 0."""
-        if self.world_size > 1:
-            return super().get_distr_prec_partition()
-        # Everything is rank 0's. Layers may be frozen and unfrozen later, so there is room for all
-        # of them.
-        room = sum(1 for _ in self.model.modules())
-        return [[0] * room for _ in _module_level_shapes]
 
 
 @functools.cache
@@ -530,8 +549,19 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
         {
             "__doc__": maker_class.__doc__,
             "__module__": maker_class.__module__,
+            "_made_by": (weight_sharing_class, maker_class),
         },
     )
+
+
+def _itself(maker_class: Any) -> Any:
+    return maker_class
+
+
+def _new(make: Callable[[Any], Any], maker_class: Any) -> WeightSharing:
+    """An empty gradient maker, for a copy."""
+    made = make(maker_class)
+    return made.__new__(made)
 
 
 # Upstream's schedule never meets a step that is no multiple of a fraction, and says nothing.
@@ -553,7 +583,7 @@ def check(maker: WeightSharing) -> None:
     if not (math.isfinite(maker.scale) and maker.scale > 0):
         raise ValueError(f"scale has to be a finite number above 0, got {maker.scale}.")
     check_data_size(config.data_size)
-    if maker._training is not None:
+    if maker.training is not None:
         check_training_config(config)
     if maker.do_accumulate and not 0 < config.ema_decay <= 1:
         raise ValueError(f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay}.")
@@ -561,12 +591,11 @@ def check(maker: WeightSharing) -> None:
         value = getattr(config, name)
         if value is not None and not (value >= least and float(value).is_integer()):
             raise ValueError(f"{name} has to be a whole number, at least {least}, got {value}.")
-    if maker.world_size > 1 and not maker.do_accumulate and not _KEEPS_RANKS_IN_STEP:
+    if maker.ranks.size > 1 and maker.plan.layers_of(SHAPE_KFE):
         raise NotImplementedError(
-            "Distributed training needs the moving average: without it ASDL averages the owner's "
-            "preconditioned gradients with the other ranks' raw ones. Set ema_decay in the "
-            "PreconditioningConfig."
+            "The shape 'kfe' is for one process: an average of eigenbases is none. Use 'kron'."
         )
+    maker.fisher_maker.ranks, maker.fisher_maker.belongs_to_maker = maker.ranks, True
     if maker.do_accumulate and maker.plan.layers_of(SHAPE_KFE):
         raise ValueError(
             "The shape 'kfe' has no moving average; leave ema_decay out of the "

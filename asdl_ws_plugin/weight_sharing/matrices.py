@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .blocks import input_group
 from .capped import BlockDiagonalKron
 from .torch_private import version_of
 
-__all__ = ["KFE", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
+__all__ = ["KFE", "Kron", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
 
 # (part of a SymMatrix, its data, their inverse)
 _FIELDS = (
@@ -28,6 +28,8 @@ _FIELDS = (
     ("diag", "weight", "weight_inv"),
     ("diag", "bias", "bias_inv"),
 )
+NUM_PARTS = len(_FIELDS)
+IS_A = [(part, data) == ("kron", "A") for part, data, _ in _FIELDS]
 
 
 class KFE(symmatrix.KFE):
@@ -56,6 +58,49 @@ class KFE(symmatrix.KFE):
         if inplace:
             vec_bias.copy_(bias)
         return weight, bias
+
+
+# Upstream's floor below both parts of a split damping, for what a bias is multiplied with.
+_FLOOR = 1e-7
+
+
+def _bias_share(A: Tensor, B: Tensor, damping: float) -> Tensor:
+    """What B's inverse is multiplied with, and A's divided by, so that B's has no larger
+    eigenvalues than 1e7.
+
+    The product of both is the same, and so is the answer for a weight. A bias is preconditioned by
+    B alone: where B is nothing but rounding errors, as of keys' biases in K-FAC-reduce, so is the
+    bias' gradient, and must stay that.
+    """
+    part = damping**0.5 * (B.diagonal().mean() / A.diagonal().mean()).sqrt()  # of the damping
+    is_split = torch.isfinite(part) & (part > 0)
+    return torch.where(is_split, (part / _FLOOR).clamp(max=1), torch.ones_like(part))
+
+
+class Kron(symmatrix.Kron):
+    """Kronecker factors whose damping is split at any scale.
+
+    Upstream (0.1a5) gives A and B at least 1e-7 of the damping each, so that the answer is another
+    one for A·s² and B/s², which are the same curvature.
+    """
+
+    def update_inv(
+        self,
+        damping: float = 1e-7,
+        calc_A_inv: bool = True,
+        calc_B_inv: bool = True,
+        eps: float = 0.0,
+        replace: bool = False,
+    ) -> None:
+        """Upstream's, with no floor below the two parts of the damping."""
+        has_both = self.has_A and self.has_B
+        share = _bias_share(self.A, self.B, damping) if has_both else None
+        zero = [factor is None or bool((factor == 0).all()) for factor in (self.A, self.B)]
+        super().update_inv(damping, calc_A_inv, calc_B_inv, eps, replace)
+        if share is not None and calc_A_inv and not zero[0]:
+            self.A_inv.div_(share)
+        if share is not None and calc_B_inv and not zero[1]:
+            self.B_inv.mul_(share)
 
 
 class UnitWise(symmatrix.UnitWise):
@@ -118,10 +163,13 @@ class LayerWise(SymMatrix):
 
 def corrected(matrix: SymMatrix) -> SymMatrix:
     """The same matrix with upstream's wrong parts replaced by the classes above."""
-    if matrix.data is not None:
+    if matrix.data is not None or matrix.inv is not None:
         matrix = LayerWise(
             matrix.data, matrix.inv, matrix.kron, matrix.kfe, matrix.diag, matrix.unit
         )
+    if matrix.kron is not None:
+        kron = matrix.kron
+        matrix.kron = Kron(kron.A, kron.B, kron.A_inv, kron.B_inv)
     if matrix.unit is not None:
         matrix.unit = UnitWise(matrix.unit.data, matrix.unit.inv)
     kron = matrix.kron
@@ -148,6 +196,27 @@ def tensors(matrix: SymMatrix) -> list[Tensor]:
     if matrix.kfe is not None:
         data += [matrix.kfe.Ua, matrix.kfe.Ub, *matrix.kfe.scale]
     return [tensor for tensor in data if tensor is not None]
+
+
+def data_of(matrix: SymMatrix | None) -> list[Tensor | None]:
+    """What a matrix has of every part that an average can be of; of :data:`NUM_PARTS` entries."""
+    return [
+        getattr(matrix if part is None else getattr(matrix, part, None), data, None)
+        for part, data, _ in _FIELDS
+    ]
+
+
+def with_data(data: Sequence[Tensor | None]) -> SymMatrix:
+    """The inverse of :func:`data_of`."""
+    names = (name if part is None else f"{part}_{name}" for part, name, _ in _FIELDS)
+    return corrected(SymMatrix(**dict(zip(names, data, strict=True))))
+
+
+def drop_inverted(matrix: SymMatrix) -> None:
+    """Let go of the data of every part that has an inverse."""
+    for holder, data, inv in _parts(matrix):
+        if getattr(holder, inv) is not None:
+            setattr(holder, data, None)
 
 
 def shared_tensors(matrices: Iterable[SymMatrix]) -> dict[int, dict[int, Tensor]]:
@@ -255,11 +324,13 @@ class _SharedA:
         ):
             stand_in = symmatrix.Kron(A, self.mean_B.view(1, 1))
             stand_in.update_inv(damping, calc_B_inv=False, eps=eps)
+            if stand_in.A_inv is not None:
+                stand_in.A_inv.div_(_bias_share(A, stand_in.B, damping))
             self._inverse, self._made_of = stand_in.A_inv, (A, version_of(A), damping, eps)
         return self._inverse
 
 
-class BlockKron(symmatrix.Kron):
+class BlockKron(Kron):
     """The factors of one block of a fused layer. Its siblings have the same A.
 
     Upstream splits the damping between A and B by the ratio of their mean eigenvalues. Here B's is
@@ -275,7 +346,7 @@ class BlockKron(symmatrix.Kron):
         damping: float = 1e-7,
         calc_A_inv: bool = True,
         calc_B_inv: bool = True,
-        eps: float = 1e-7,
+        eps: float = 0.0,
         replace: bool = False,
     ) -> None:
         if not (self.has_A and self.has_B):
@@ -287,6 +358,8 @@ class BlockKron(symmatrix.Kron):
         A_inv = self._shared.inverse(self.A, damping, eps) if calc_A_inv else None
         if calc_B_inv:
             stand_in.update_inv(damping, calc_A_inv=False, eps=eps)
+            if stand_in.B_inv is not None:
+                stand_in.B_inv.mul_(_bias_share(stand_in.A, self.B, damping))
         for name, inverse in (("A", A_inv), ("B", stand_in.B_inv)):
             if inverse is not None:
                 setattr(self, f"{name}_inv", inverse)

@@ -7,86 +7,138 @@ K-FAC-expand over positions, so it is weighted by how many there were of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from asdl.symmatrix import SymMatrix
 from torch import nn
 
 from .matrices import merge, shared_tensors
+from .ranks import Share
 
 __all__ = ["MicroBatches"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MicroBatches:
     """A sum of curvatures, module by module.
 
     Attributes:
         count: how many micro-batches there were.
         matrices: the sums. A is multiplied with its weight while there are several.
-        weights: by module, what A is divided by in the end.
+        shares: what each micro-batch is of the joint batch.
+        means: mean positions of an example in each, of layers whose A is divided by that.
         unseen: the modules that no micro-batch has reached, and why the last one did not.
+        step: what is wanted of the curvature.
+        weigh_A, weigh_B: whether the factor is a mean over examples, and not divided by a
+            ``data_size`` that was given.
     """
 
     count: int = 0
     matrices: dict[nn.Module, SymMatrix] = field(default_factory=dict)
-    weights: dict[nn.Module, float] = field(default_factory=dict)
+    shares: tuple[Share, ...] = ()
+    means: tuple[dict[nn.Module, float], ...] = ()
     unseen: dict[nn.Module, str] = field(default_factory=dict)
+    step: Any = None
+    weigh_A: bool = True
+    weigh_B: bool = False
 
     def added(
         self,
         results: Sequence[tuple[nn.Module, SymMatrix]],
-        weights: Mapping[nn.Module, float],
         unseen: Mapping[nn.Module, str],
-        with_B: bool = False,
+        share: Share,
+        positions: dict[nn.Module, float],
+        step: Any,
+        weigh_A: bool,
+        weigh_B: bool,
     ) -> MicroBatches:
-        """The sum with one more micro-batch; this one stays as it is.
-
-        Args:
-            results: the curvature of the micro-batch, which is used up.
-            weights: by module, of A: the number of examples, times positions where A is a mean over
-                them. Of a module that is not there, A adds up by itself.
-            unseen: the modules that the micro-batch has not reached.
-            with_B: B is such a mean, too.
-        """
-        total = MicroBatches(self.count + 1, dict(self.matrices), dict(self.weights))
-        reached = total.matrices.keys() | {module for module, _ in results}
-        before = self.unseen if self.count else unseen
-        total.unseen = {m: why for m, why in {**before, **unseen}.items() if m not in reached}
-        if self.count:
-            _scale(results, weights, with_B)
+        """The sum with one more micro-batch, whose curvature is used up; this stays as it is."""
+        matrices, before = dict(self.matrices), self.unseen if self.count else unseen
         if self.count == 1:  # a single one is not scaled, so that nothing is rounded
-            total.matrices = _copies(self.matrices)
-            _scale(list(total.matrices.items()), self.weights, with_B)
+            matrices = _copies(matrices)
+            self._scale(list(matrices.items()), partial(self._weight, 0))
+        total = MicroBatches(
+            self.count + 1,
+            matrices,
+            (*self.shares, share),
+            (*self.means, positions),
+            {},
+            step,
+            weigh_A,
+            weigh_B,
+        )
+        if self.count:
+            total._scale(results, partial(total._weight, self.count))
         shared = shared_tensors(new for _, new in results)
         for module, new in results:
-            old = total.matrices.get(module)
-            total.matrices[module] = new if old is None else merge(new, old, 1.0, shared)
-        for module, weight in weights.items():
-            total.weights[module] = total.weights.get(module, 0.0) + weight
-        return total
+            old = matrices.get(module)
+            matrices[module] = new if old is None else merge(new, old, 1.0, shared)
+        missing = {m: why for m, why in {**before, **unseen}.items() if m not in matrices}
+        return replace(total, unseen=missing)
 
-    def joined(self, with_B: bool = False) -> list[tuple[nn.Module, SymMatrix]]:
+    def with_share(self, share: Share) -> MicroBatches:
+        """The sum with a micro-batch of a step without curvature."""
+        return replace(self, shares=(*self.shares, share))
+
+    def joined(self) -> list[tuple[nn.Module, SymMatrix]]:
         """The curvature of the joint batch."""
         results = list(self.matrices.items())
         if self.count > 1:
-            _scale(results, {module: 1 / weight for module, weight in self.weights.items()}, with_B)
+            self._scale(
+                results, lambda module: 1 / sum(self._weight(i, module) for i in range(self.count))
+            )
         return results
 
+    @property
+    def share(self) -> Share:
+        """What the joint batch of the micro-batches is of that of all ranks."""
+        count = max(1, len(self.shares))
+        return Share(
+            sum(share.sum_factor for share in self.shares) / count,
+            sum(share.num_terms for share in self.shares) / count,
+            sum(share.num_rows for share in self.shares),
+            sum(share.num_examples for share in self.shares),
+        )
 
-def _scale(
-    results: Sequence[tuple[nn.Module, SymMatrix]], weights: Mapping[nn.Module, float], with_B: bool
-) -> None:
-    """Multiply A, in place, with its weight; once where several modules have one tensor."""
-    done: set[int] = set()
-    for module, matrix in results:
-        if matrix.kron is None or module not in weights:
-            continue
-        for factor in (matrix.kron.A, matrix.kron.B) if with_B else (matrix.kron.A,):
-            if id(factor) not in done:
-                done.add(id(factor))
-                factor.mul_(weights[module])
+    @property
+    def positions(self) -> dict[nn.Module, float]:
+        """The mean number of positions of an example of the joint batch."""
+        found = {}
+        for module in {module for mean in self.means for module in mean}:
+            called = [
+                (share.num_examples, mean[module])
+                for share, mean in zip(self.shares, self.means, strict=True)
+                if module in mean
+            ]
+            found[module] = sum(n * r for n, r in called) / sum(n for n, _ in called)
+        return found
+
+    def _weight(self, i: int, module: nn.Module) -> float:
+        """Of A in a micro-batch: its examples, times their positions where A is a mean over
+        them.
+        """
+        is_mean = any(module in mean for mean in self.means)
+        positions = self.means[i].get(module, 0.0) if is_mean else 1.0
+        return self.shares[i].num_examples * positions
+
+    def _scale(
+        self,
+        results: Sequence[tuple[nn.Module, SymMatrix]],
+        weight: Callable[[nn.Module], float],
+    ) -> None:
+        """Multiply what is a mean, in place, with its weight; once where modules share it."""
+        done: set[int] = set()
+        for module, matrix in results:
+            if matrix.kron is None:
+                continue
+            wanted = [matrix.kron.A] * self.weigh_A + [matrix.kron.B] * self.weigh_B
+            for factor in wanted:
+                if id(factor) not in done:
+                    done.add(id(factor))
+                    factor.mul_(weight(module))
 
 
 def _copies(matrices: Mapping[nn.Module, SymMatrix]) -> dict[nn.Module, SymMatrix]:
@@ -100,7 +152,7 @@ def _copies(matrices: Mapping[nn.Module, SymMatrix]) -> dict[nn.Module, SymMatri
                 copies.setdefault(id(factor), factor.clone())
             kron = type(matrix.kron)(copies[id(matrix.kron.A)], copies[id(matrix.kron.B)])
             copy = SymMatrix(kron=kron)
-            copy.trained = matrix.trained
+            copy.trained, copy.updates = matrix.trained, matrix.updates
             matrix = copy
         found[module] = matrix
     return found

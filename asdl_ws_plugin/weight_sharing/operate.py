@@ -28,6 +28,7 @@ FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
 
 # Between the seeds of consecutive batches: 2**64 over the golden ratio, far apart.
 _STRIDE = 0x9E3779B97F4A7C15
+_RANK_STRIDE = 0xBF58476D1CE4E5B9  # and of the ranks: odd, so that no two are the same
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,27 @@ class Estimate:
         num_samples: how many labels ``fisher_mc`` draws for each term.
         seed: of those; ``None``: PyTorch's own generator.
         draws: how many batches labels were drawn for before.
+        rank: of several processes that train together, which this one is; ``None``: it is the only
+            one.
     """
 
     fisher_type: str
     num_samples: int = 1
     seed: int | None = None
     draws: int = 0
+    rank: int | None = None
 
     def generator(self, device: torch.device) -> torch.Generator | None:
-        """Of the labels of this batch."""
-        if self.seed is None:
+        """Of the labels of this batch. Each batch gets others, and each rank, also where all ranks
+        have one seed.
+        """
+        if self.seed is None and self.rank is None:
             return None
-        seed = (int(self.seed) + self.draws * _STRIDE) % 2**63
-        return torch.Generator(device).manual_seed(seed)
+        # without a seed, every rank's default generator goes on alike
+        start = int(torch.randint(2**62, ())) if self.seed is None else int(self.seed)
+        draws = 0 if self.seed is None else self.draws
+        seed = start + draws * _STRIDE + (self.rank or 0) * _RANK_STRIDE
+        return torch.Generator(device).manual_seed(seed % 2**63)
 
 
 @full_precision()

@@ -128,6 +128,11 @@ class Plan:
                 layer.shape = unit_wise_or_diag(layer.module)
         return layers
 
+    @property
+    def all_layers(self) -> list[Layer]:
+        """The layers, those that are frozen now included."""
+        return list(self._selected)
+
     def layers_of(self, shape: str) -> list[Layer]:
         """The layers that get this shape."""
         return [layer for layer in self.layers if layer.shape == shape]

@@ -15,16 +15,23 @@ from torch import Tensor, nn
 from .matrices import corrected, pairs, share_inverses
 
 __all__ = [
-    "check_strategies",
+    "VERSION",
+    "check_sizes",
     "complete_inverses",
     "curvature_state",
     "load_curvature_state",
     "load_plan_state",
     "load_training_state",
+    "loaded_matrices",
     "plan_state",
     "rank_state",
+    "replace_matrices",
+    "state_of_maker",
     "training_state",
 ]
+
+# Of a state with curvature; the first had none.
+VERSION = 2
 
 # key in the state -> where it is in a SymMatrix, and how its constructor calls it
 _TENSORS = {
@@ -50,11 +57,18 @@ def curvature_state(model: nn.Module, attr: str) -> dict[str, dict[str, Any]]:
     """Module name -> the tensors of its curvature, factors and inverses, for every module that has
     one.
     """
+    return _matrices_state(
+        {
+            name: matrix
+            for name, module in model.named_modules()
+            if (matrix := getattr(module, attr, None)) is not None
+        }
+    )
+
+
+def _matrices_state(matrices: dict[str, SymMatrix]) -> dict[str, dict[str, Any]]:
     state: dict[str, dict[str, Any]] = {}
-    for name, module in model.named_modules():
-        matrix = getattr(module, attr, None)
-        if matrix is None:
-            continue
+    for name, matrix in matrices.items():
         entries = {key: _get(matrix, key) for key in _TENSORS}
         state[name] = {key: value for key, value in entries.items() if value is not None}
         if hasattr(matrix, "trained"):  # the parameters that the curvature is of
@@ -75,6 +89,15 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
     Raises a ValueError, before anything is changed, if the model lacks a module or has another
     shape there.
     """
+    replace_matrices(model, attr, loaded_matrices(model, state))
+
+
+def loaded_matrices(
+    model: nn.Module, state: dict[str, dict[str, Any]]
+) -> list[tuple[nn.Module, SymMatrix]]:
+    """Modules and the curvature of a state, copied. Raises a ValueError if the model lacks a module
+    or has another shape there.
+    """
     modules = dict(model.named_modules())
     loaded: dict[int, Tensor] = {}  # tensors that several modules share stay shared
 
@@ -92,7 +115,7 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
             raise ValueError(
                 f"The state has curvature of a module '{name}', which the model lacks."
             )
-        _check_sizes(name, module, entry)
+        check_sizes(name, module, entry)
         like = next(
             p for p in (getattr(module, "weight", None), *module.parameters()) if p is not None
         )
@@ -103,7 +126,14 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
         if "trained" in entry:
             matrix.trained = tuple(entry["trained"])
         matrices.append((module, matrix))
-    for module in modules.values():
+    return matrices
+
+
+def replace_matrices(
+    model: nn.Module, attr: str, matrices: list[tuple[nn.Module, SymMatrix]]
+) -> None:
+    """Let modules have this curvature, and no others any."""
+    for module in model.modules():
         if hasattr(module, attr):
             delattr(module, attr)
     for module, matrix in matrices:
@@ -111,8 +141,8 @@ def load_curvature_state(model: nn.Module, attr: str, state: dict[str, dict[str,
 
 
 def rank_state(maker: Any) -> list[int]:
-    """Whose state it is. With several ranks, each has all factors, but inverses of its own layers
-    only.
+    """Whose state it is. With several ranks and ``shared_dim=None``, where ASDL carries this
+    module, each has all factors, but inverses of its own layers only.
     """
     return [maker.world_rank, maker.world_size]
 
@@ -143,31 +173,35 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
             matrix.update_inv(maker.config.damping)
 
 
-def training_state(maker: Any) -> dict[str, Any]:
+def training_state(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str, Any]:
     """What a :class:`~.training_config.TrainingConfig` goes by: when the last updates were, how
     many each layer's average has seen, and each layer's damping with the optimizer's last step.
     """
     names = {module: name for name, module in maker.model.named_modules()}
-    matrices = {name: maker._get_module_fisher(module) for module, name in names.items()}
     return {
         "last_update": dict(maker._last_update),
         "updates": {
-            name: matrix.updates for name, matrix in matrices.items() if hasattr(matrix, "updates")
+            names[module]: matrix.updates
+            for module, matrix in matrices.items()
+            if hasattr(matrix, "updates")
         },
         "trust": maker._trust.state_dict(names),
     }
 
 
-def load_training_state(maker: Any, state: dict[str, Any]) -> None:
-    """The inverse of :func:`training_state`; after the curvature was loaded."""
+def load_training_state(
+    maker: Any, state: dict[str, Any], matrices: dict[nn.Module, SymMatrix]
+) -> None:
+    """The inverse of :func:`training_state`, for curvature that was loaded."""
     modules = dict(maker.model.named_modules())
     maker._last_update = dict(state["last_update"])
     for name, updates in state["updates"].items():
-        maker._get_module_fisher(modules[name]).updates = updates
+        matrices[modules[name]].updates = updates
     maker._trust.load_state_dict(state["trust"], modules)
 
 
-def _check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
+def check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
+    """Raise a ValueError if factors are not of a layer's sizes."""
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
         return
     weight = module.weight
@@ -188,6 +222,30 @@ def _fits(factor: Tensor, side: int) -> bool:
     return size == -(-side // count)
 
 
+def state_of_maker(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str, Any]:
+    """The whole state of a gradient maker whose curvature these matrices are."""
+    plan, fisher_maker = maker.plan, maker.fisher_maker
+    named = {
+        name: matrices[module] for name, module in maker.model.named_modules() if module in matrices
+    }
+    training = {} if maker.training is None else {"training": training_state(maker, matrices)}
+    return {
+        **training,
+        "step": maker.state["step"],
+        "version": VERSION,
+        "curvature": _matrices_state(named),
+        "weight_sharing": {
+            **plan_state(plan, fisher_maker.unseen),
+            "draws": fisher_maker.draws,
+            "fisher_type": fisher_maker.config.fisher_type,
+            "moving_average": maker.do_accumulate,
+            "without_curvature": [
+                layer.name for layer in plan.all_layers if layer.module not in matrices
+            ],
+        },
+    }
+
+
 def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
     """What batches have settled: the setting of ``'auto'``, layouts, roles, and which layers the
     last one left out.
@@ -195,27 +253,13 @@ def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
     names = {module: name for name, module in plan.model.named_modules()}
     return {
         "setting": plan.setting,
-        "strategies": {layer.name: plan.strategy_of(layer) for layer in plan.layers},
+        "strategies": {layer.name: plan.strategy_of(layer) for layer in plan.all_layers},
         "layouts": {names[module]: layout for module, layout in plan.layouts.settled.items()},
         "roles": [
             [names[module], call, role] for (module, call), role in plan.layouts.roles.items()
         ],
         "unseen": {names[module]: reason for module, reason in unseen.items()},
     }
-
-
-def check_strategies(plan: Any, state: dict[str, Any]) -> None:
-    """Raise a ValueError if the state's curvature is under other strategies: one average must not
-    mix them.
-    """
-    strategies = state.get("strategies", {})
-    for layer in plan.layers:
-        found, own = strategies.get(layer.name), plan.strategy_of(layer)
-        if None not in (found, own) and found != own:
-            raise ValueError(
-                f"Layer '{layer.name}': the state has its curvature under '{found}', not under "
-                f"'{own}'."
-            )
 
 
 def load_plan_state(plan: Any, state: dict[str, Any]) -> dict[nn.Module, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,15 +23,19 @@ __all__ = [
     "base_of",
     "canonical_mask",
     "eagerly",
+    "function_modes",
     "has_global_hooks",
     "has_own_hooks",
     "has_plain_forward",
     "is_batched_attention",
     "is_called_by_grad_scaler",
+    "is_sharded_by_fsdp1",
     "own_buffers",
     "own_parameters",
     "padding_of",
+    "remove_forward_hooks",
     "remove_function_mode",
+    "set_function_modes",
     "unwrapped",
     "version_of",
 ]
@@ -169,3 +173,34 @@ def remove_function_mode(mode: TorchFunctionMode) -> None:
         above.append(top)
     for other in reversed(above):
         overrides._push_mode(other)
+
+
+def remove_forward_hooks(module: nn.Module, are_wanted: Callable[[Any], bool]) -> None:
+    """Remove the forward hooks for which this is true, also half registered ones."""
+    for key in [key for key, hook in module._forward_hooks.items() if are_wanted(hook)]:
+        for table in (
+            module._forward_hooks,
+            module._forward_hooks_with_kwargs,
+            module._forward_hooks_always_called,
+        ):
+            table.pop(key, None)
+
+
+def function_modes() -> list[Any]:
+    """The TorchFunctionModes that are active, the innermost last."""
+    return overrides._get_current_function_mode_stack()
+
+
+def set_function_modes(wanted: list[Any]) -> None:
+    """Let these be the modes that are active."""
+    if function_modes() == wanted:
+        return
+    while overrides._len_torch_function_stack():
+        overrides._pop_mode()
+    for mode in wanted:
+        overrides._push_mode(mode)
+
+
+def is_sharded_by_fsdp1(p: nn.Parameter) -> bool:
+    """Whether FullyShardedDataParallel has a Parameter's values, or a part of them."""
+    return getattr(p, "_fsdp_flattened", False)

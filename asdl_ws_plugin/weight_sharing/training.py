@@ -56,13 +56,13 @@ class TrainingOptions(NaturalGradientMaker):
         self._own_config = config
 
     @property
-    def _training(self) -> TrainingConfig | None:
+    def training(self) -> TrainingConfig | None:
         """The configuration, if it has more options than ASDL's."""
         return self.config if isinstance(self._own_config, TrainingConfig) else None
 
     def do_update_curvature(self, step: int | None = None) -> bool:
         """Whether a step, by default the next one, computes curvature."""
-        config = self._training
+        config = self.training
         if config is None or config.num_total_steps is not None:
             return super().do_update_curvature(step)
         if config.curvature_upd_interval is None:
@@ -71,7 +71,7 @@ class TrainingOptions(NaturalGradientMaker):
 
     def do_update_preconditioner(self, step: int | None = None) -> bool:
         """Whether a step, by default the next one, computes inverses."""
-        config = self._training
+        config = self.training
         if config is None or config.num_total_steps is not None:
             return super().do_update_preconditioner(step)
         return self._is_due("preconditioner", config.preconditioner_upd_interval, step)
@@ -101,7 +101,7 @@ class TrainingOptions(NaturalGradientMaker):
 
     def update_curvature(self) -> None:
         """Upstream's, with an average and factors as the configuration has them."""
-        config, maker = self._training, self.fisher_maker
+        config, maker = self.training, self.fisher_maker
         maker.least_weight = config.ema_decay if config is not None and config.unbiased else None
         maker.plan.max_side = None if config is None else config.max_side
         super().update_curvature()
@@ -153,7 +153,7 @@ class TrainingOptions(NaturalGradientMaker):
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
         """Around the preconditioning of a step's gradients, of which all ranks have the same."""
-        config = self._training
+        config = self.training
         if config is None:
             yield
             return

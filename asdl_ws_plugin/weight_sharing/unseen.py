@@ -50,13 +50,10 @@ class UnseenReport:
         self.plan = plan
         self._reported: set[str] = set()
 
-    def report(
-        self, layers: Sequence[Layer], record: Record, unseen: Mapping[nn.Module, str]
-    ) -> None:
-        """Warn of the layers that took no part in a step.
-
-        Raises a RuntimeError if no layer did, if one that did not has a gradient all the same, or
-        if the full Fisher needs it.
+    @staticmethod
+    def check(layers: Sequence[Layer], record: Record, unseen: Mapping[nn.Module, str]) -> None:
+        """Raise a RuntimeError if no layer took part in a step, if one that did not has a gradient
+        all the same, or if the full Fisher needs it.
         """
         if all(layer.module in unseen for layer in layers) and not record.without_graph:
             raise RuntimeError(
@@ -65,6 +62,14 @@ class UnseenReport:
                 "what setup_model_call() returned, not an output of the model; logits that are "
                 "not the model's first output are selected with setup_logits_repr()."
             )
+        for layer in layers:
+            if layer.module in unseen:
+                _reason(layer, record, unseen[layer.module])
+
+    def report(
+        self, layers: Sequence[Layer], record: Record, unseen: Mapping[nn.Module, str]
+    ) -> None:
+        """Warn of the layers that took no part in a step."""
         found: dict[tuple[str, str], list[str]] = {}
         for layer in layers:
             if layer.module not in unseen:

@@ -209,9 +209,13 @@ def test_tensors_that_layers_share_stay_shared():
     """The blocks of a fused layer have one A; a copy for each would be inverted once for each."""
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D))
     A = torch.eye(D)
+    maker = kfac(model, "expand", ema_decay=0.5)
+    maker.setup_loss_call(
+        F.cross_entropy, maker.setup_model_call(model, torch.randn(N, D)), torch.arange(N) % D
+    )
+    maker.forward_and_backward()
     for layer in model:
         layer.fisher = SymMatrix(kron_A=A, kron_B=torch.eye(D))
-    maker = kfac(model, "expand", ema_decay=0.5)
     maker.load_state_dict(through_a_file(maker.state_dict()))
     assert (
         len({id(layer.fisher.kron.A) for layer in model}) == 1 and model[0].fisher.kron.A is not A
