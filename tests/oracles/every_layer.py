@@ -1,0 +1,119 @@
+"""Ground truth for whole models: A and B of every layer at once, from a loop over single examples.
+
+As :mod:`~.by_example`, for models whose layers are too many to be done one after the other. An
+example may have padding: its rows that are not real positions are named and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from oracles.by_example import output_rows_of, perturbed, rows_of
+
+Rows = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass
+class Sums:
+    """What the examples of one layer add up to, and the largest term that entered.
+
+    Attributes:
+        A, B: strategy -> the factor for ``fisher_emp`` with D = N.
+        scale_A, scale_B: the size of what was summed, where sums may cancel.
+    """
+
+    A: dict[str, Tensor] = field(default_factory=dict)
+    B: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scale_A(self) -> float:
+        return max(float(matrix.abs().max()) for matrix in self.A.values())
+
+    @property
+    def scale_B(self) -> float:
+        return max(float(matrix.abs().max()) for matrix in self.B.values())
+
+
+def rows_per_example(
+    layers: Mapping[str, Sequence[nn.Module]], summed_loss: Callable[[int], Tensor], n: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> ``(R_n, P)`` and ``(R_n, Q)`` of example n alone; layers without a gradient are
+    left out.
+
+    Args:
+        layers: name -> the modules that have the layer's weight.
+        summed_loss: the summed loss of example n, computed from it alone.
+    """
+    modules = {module: name for name, tied in layers.items() for module in tied}
+    with perturbed(list(modules)) as seen:
+        loss = summed_loss(n)
+    grads = torch.autograd.grad(loss, [zero for *_, zero in seen], allow_unused=True)
+    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    for (module, x, _), grad in zip(seen, grads, strict=True):
+        if grad is None:  # a call that does not reach the loss is no position
+            continue
+        a, b = found.setdefault(modules[module], ([], []))
+        a.append(rows_of(module, x).double())
+        b.append(output_rows_of(module, grad).double())
+    return {name: (torch.cat(a), torch.cat(b)) for name, (a, b) in found.items()}
+
+
+def every_layers_factors(
+    layers: Mapping[str, Sequence[nn.Module]],
+    summed_loss: Callable[[int], Tensor],
+    num_examples: int,
+    ragged: bool = False,
+) -> dict[str, Sums]:
+    """A and B of every layer for ``fisher_emp`` with D = N, under both strategies.
+
+    Args:
+        ragged: A of expand is normalised by the mean R_n of the batch (section 3.4 of the thesis),
+            not example by example. The same where all R_n are equal.
+    """
+    examples = [rows_per_example(layers, summed_loss, n) for n in range(num_examples)]
+    sums = {}
+    for name in layers:
+        parts = [rows[name] for rows in examples if name in rows]
+        if not parts:
+            continue
+        if ragged:
+            mean_R = sum(len(a) for a, _ in parts) / num_examples
+            expand_A = sum(a.mT @ a for a, _ in parts) / mean_R
+        else:
+            expand_A = sum(a.mT @ a / len(a) for a, _ in parts if len(a))
+        sums[name] = Sums(
+            A={
+                "expand": expand_A / num_examples,
+                "reduce": sum(_square(a.mean(0)) for a, _ in parts if len(a)) / num_examples,
+            },
+            B={
+                "expand": sum(b.mT @ b for _, b in parts) / num_examples,
+                "reduce": sum(_square(b.sum(0)) for _, b in parts) / num_examples,
+            },
+        )
+    return sums
+
+
+def _square(vector: Tensor) -> Tensor:
+    return torch.outer(vector, vector)
+
+
+def worst_layer(
+    maker_layers: Mapping[str, nn.Module], expected: Mapping[str, Sums], strategy: str
+) -> tuple[float, str]:
+    """The largest error of a factor, of the size of what it is a sum of, and where it is."""
+    worst = (0.0, "")
+    for name, module in maker_layers.items():
+        want = expected[name]
+        for which, found, matrix, scale in (
+            ("A", module.fisher.kron.A, want.A[strategy], want.scale_A),
+            ("B", module.fisher.kron.B, want.B[strategy], want.scale_B),
+        ):
+            assert scale > 0, f"{which} of '{name}' is zero, which tests nothing"
+            error = float((found.double() - matrix).abs().max()) / scale
+            worst = max(worst, (error, f"{which} of '{name}'"))
+    return worst
