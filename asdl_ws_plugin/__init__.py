@@ -5,6 +5,9 @@ Importing this package is enough; every natural-gradient maker of ASDL then acce
 
     import asdl, asdl_ws_plugin
     gm = asdl.KfacGradientMaker(model, config, shared_dim='reduce')
+
+The same as a class of its own is :class:`asdl_ws_plugin.KfacGradientMaker`. With the environment
+variable ``ASDL_WS_PLUGIN_REGISTER=0`` the import changes nothing in ASDL.
 """
 
 from .upstream import adopt_native_modules, is_native, require_asdl
@@ -18,15 +21,26 @@ from .conversion.convert import convert, register_converter, revert  # noqa: E40
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
 from .diagnostics.exactness import ApproximationError, approximation_error  # noqa: E402
 from .diagnostics.report import Report, inspect  # noqa: E402
-from .upstream import register, unregister  # noqa: E402
+from .makers import (  # noqa: E402
+    DiagNaturalGradientMaker,
+    EkfacGradientMaker,
+    EmpNaturalGradientMaker,
+    FisherConfig,
+    FullNaturalGradientMaker,
+    KfacGradientMaker,
+    LayerWiseNaturalGradientMaker,
+    NaturalGradientMaker,
+    UnitWiseNaturalGradientMaker,
+    get_fisher_maker,
+)
+from .upstream import register, unregister, wants_registration  # noqa: E402
 from .weight_sharing._version import __version__  # noqa: E402
+from .weight_sharing.attach import attach_padding, attach_segments  # noqa: E402
 from .weight_sharing.fisher_maker import FISHER_FORWARD_ONLY  # noqa: E402
 from .weight_sharing.loss import LOSS_BINARY_CROSS_ENTROPY  # noqa: E402
 from .weight_sharing.operations import register_all as _register_operations  # noqa: E402
 from .weight_sharing.positions import (  # noqa: E402
     WeightSharingLinear,
-    attach_padding,
-    attach_segments,
     padding,
     segments,
 )
@@ -37,15 +51,25 @@ __all__ = [
     "FISHER_FORWARD_ONLY",
     "LOSS_BINARY_CROSS_ENTROPY",
     "ApproximationError",
+    "DiagNaturalGradientMaker",
+    "EkfacGradientMaker",
+    "EmpNaturalGradientMaker",
+    "FisherConfig",
+    "FullNaturalGradientMaker",
+    "KfacGradientMaker",
+    "LayerWiseNaturalGradientMaker",
     "MultiheadAttention",
+    "NaturalGradientMaker",
     "Report",
     "Segments",
+    "UnitWiseNaturalGradientMaker",
     "WeightSharingLinear",
     "__version__",
     "approximation_error",
     "attach_padding",
     "attach_segments",
     "convert",
+    "get_fisher_maker",
     "inspect",
     "padding",
     "register",
@@ -61,4 +85,5 @@ __all__ = [
 if not is_native():
     _register_operations()
 _register_converters()
-register()
+if wants_registration():
+    register()

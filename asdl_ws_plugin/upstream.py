@@ -1,16 +1,18 @@
 """Everything this package touches in upstream, in one place.
 
-===========================================  ======================================================================
-``asdl.FisherConfig``                        gets a field ``shared_dim``
-``asdl.fisher.get_fisher_maker``             knows that field; its code is replaced in place, so that names bound by an
-                                             earlier ``from asdl.fisher import get_fisher_maker``
-                                             see it too
-``NaturalGradientMaker.__init__``,           accept ``shared_dim``; with it, the instance's class gets
-``KfacGradientMaker.__init__``               :class:`~asdl_ws_plugin.weight_sharing.grad_maker.WeightSharing` mixed in
-``asdl.precondition.natural_gradient.nvtx``  a range that does nothing where this build of torch has no NVTX
-===========================================  ======================================================================
+===============================  ===================================================================
+``asdl.FisherConfig``            gets a field ``shared_dim``
+``asdl.fisher.get_fisher_maker`` knows that field; its code is replaced in place, so that names
+                                 bound by an earlier ``from asdl.fisher import get_fisher_maker``
+                                 see it too
+``NaturalGradientMaker``,        accept ``shared_dim`` in ``__init__``; with it, the instance's
+``KfacGradientMaker``            class gets weight sharing mixed in (:mod:`~asdl_ws_plugin.makers`)
+``natural_gradient.nvtx``        a range that does nothing where this build of torch has no NVTX
+===============================  ===================================================================
 
-Without ``shared_dim`` upstream's own code runs, unchanged.
+Without ``shared_dim`` upstream's own code runs, unchanged. The classes of
+:mod:`~asdl_ws_plugin.makers` need none of this: with ``ASDL_WS_PLUGIN_REGISTER=0`` in the
+environment, the import leaves upstream as it is.
 
 An ASDL that carries the patches in ``patches/`` has the core of this package as
 ``asdl.weight_sharing``. There nothing is touched: the modules of that name here *are* those
@@ -19,11 +21,10 @@ An ASDL that carries the patches in ``patches/`` has the core of this package as
 
 from __future__ import annotations
 
-import contextvars
-import dataclasses
 import functools
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 import types
@@ -35,12 +36,18 @@ from torch import nn
 
 from .weight_sharing._version import __version__
 
-__all__ = ["adopt_native_modules", "is_native", "register", "require_asdl", "unregister"]
+__all__ = [
+    "adopt_native_modules",
+    "is_native",
+    "register",
+    "require_asdl",
+    "unregister",
+    "wants_registration",
+]
 
 KNOWN_VERSIONS = ("0.1a4", "0.1a5")
 
 _undo: list[Callable[[], None]] = []
-_shared_dim: contextvars.ContextVar[Any] = contextvars.ContextVar("shared_dim", default=None)
 
 
 def require_asdl() -> None:
@@ -96,9 +103,24 @@ def adopt_native_modules() -> None:
         )
     ours = f"{__package__}.weight_sharing"
     sys.modules[ours] = native
-    sys.modules[__package__].weight_sharing = native
+    package: Any = sys.modules[__package__]
+    package.weight_sharing = native
     for name in names:
         sys.modules[f"{ours}.{name}"] = importlib.import_module(f"asdl.weight_sharing.{name}")
+
+
+def wants_registration() -> bool:
+    """Whether the import shall register: unless ``ASDL_WS_PLUGIN_REGISTER`` is 0.
+
+    Raises an ImportError if that is neither 0 nor 1.
+    """
+    value = os.environ.get("ASDL_WS_PLUGIN_REGISTER", "1")
+    if value not in ("0", "1"):
+        raise ImportError(
+            "ASDL_WS_PLUGIN_REGISTER has to be 0 (leave ASDL as it is) or 1 (the default), got "
+            f"{value!r}."
+        )
+    return value == "1"
 
 
 def register() -> None:
@@ -110,12 +132,14 @@ def register() -> None:
     from asdl import fisher
     from asdl.precondition import natural_gradient
 
+    from .makers import FisherConfig, Upstream
     from .weight_sharing import nvtx
 
-    _extend_config(fisher.FisherConfig)
+    _extend_config(fisher.FisherConfig, FisherConfig)
     _replace_code(fisher.get_fisher_maker, _get_fisher_maker)
-    for maker_class in (natural_gradient.NaturalGradientMaker, natural_gradient.KfacGradientMaker):
-        _set(maker_class, "__init__", _accept_shared_dim(maker_class.__init__))
+    base, kfac = natural_gradient.NaturalGradientMaker, natural_gradient.KfacGradientMaker
+    _set(base, "__init__", _accept_shared_dim(base.__init__, Upstream.__init__))
+    _set(kfac, "__init__", _accept_shared_dim(kfac.__init__, kfac.__init__))
     if not nvtx.has_nvtx():
         _set(natural_gradient, "nvtx", nvtx)
 
@@ -136,12 +160,14 @@ def make_fisher_maker(model: nn.Module, config: Any) -> Any:
 _HELP = """
         With asdl_ws_plugin:
 
-        shared_dim (str or list, optional): how layers that share their weight over positions are treated: 'expand',
-            'reduce', 'auto', a strategy registered with register_operation, or a list of assignment rules such as
-            ['reduce', (nn.Conv2d, 'expand'), ('decoder', 'expand', 'sequence_first')]. None: upstream's behaviour.
-        fisher_type may also be 'fisher_forward_only' (B is the identity), and loss_type 'binary_cross_entropy'; var
-            may be a covariance, a tensor (C,) or (C, C). Without data_size in the configuration, the curvature is
-            that of the loss that is passed.
+        shared_dim (str or list, optional): how layers that share their weight over positions are
+            treated: 'expand', 'reduce', 'auto', a strategy registered with register_operation, or a
+            list of assignment rules such as
+            ['reduce', (nn.Conv2d, 'expand'), ('decoder', 'expand', 'sequence_first')]. None:
+            upstream's behaviour.
+        fisher_type may also be 'fisher_forward_only' (B is the identity), and loss_type
+            'binary_cross_entropy'; var may be a covariance, a tensor (C,) or (C, C). Without
+            data_size in the configuration, the curvature is that of the loss that is passed.
 """
 
 # --------------------------------------------------------------------------------------- the places
@@ -170,50 +196,27 @@ def _set(owner: Any, name: str, value: Any) -> None:
     _undo.append(lambda: setattr(owner, name, original))
 
 
-def _extend_config(config_class: type) -> None:
-    """Give a dataclass another field, in place."""
-    extended = dataclasses.make_dataclass(
-        config_class.__name__,
-        [("shared_dim", Any, dataclasses.field(default=None))],
-        bases=(config_class,),
-    )
-    init = extended.__init__  # type: ignore[misc]
-
-    @functools.wraps(init)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        if self.shared_dim is None:  # a gradient maker with shared_dim is creating it
-            self.shared_dim = _shared_dim.get()
-
-    __init__.__signature__ = inspect.signature(init)  # type: ignore[attr-defined]
-    _set(config_class, "__init__", __init__)
-    for name in ("__repr__", "__eq__", "__dataclass_fields__", "__match_args__"):
+def _extend_config(config_class: Any, extended: Any) -> None:
+    """Give a dataclass the fields of a class that extends it, in place."""
+    for name in ("__init__", "__repr__", "__eq__", "__dataclass_fields__", "__match_args__"):
         _set(config_class, name, getattr(extended, name))
-    config_class.shared_dim = None  # type: ignore[attr-defined]  # for configurations made before
+    config_class.shared_dim = None  # for configurations made before
     _undo.append(lambda: delattr(config_class, "shared_dim"))
 
 
-def _accept_shared_dim(init: Callable[..., None]) -> Callable[..., None]:
+def _accept_shared_dim(init: Callable[..., None], with_it: Callable[..., None]) -> Any:
+    """A constructor that runs ``with_it`` where ``shared_dim`` is given, and ``init`` otherwise."""
+
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, shared_dim: Any = None, **kwargs: Any) -> None:
         if shared_dim is None:
             init(self, *args, **kwargs)
             return
-        from .weight_sharing.fisher_maker import NO_LAYERS
-        from .weight_sharing.grad_maker import check, weight_sharing_class
+        from .makers import construct, mixed_in
 
         maker_class: Any = type(self)
-        self.__class__ = weight_sharing_class(maker_class)
-        token = _shared_dim.set(shared_dim)
-        try:
-            init(self, *args, **kwargs)
-        except (
-            StopIteration
-        ) as error:  # upstream takes the device from the first parameter of a supported layer
-            raise ValueError(NO_LAYERS) from error
-        finally:
-            _shared_dim.reset(token)
-        check(self)
+        self.__class__ = mixed_in(maker_class)
+        construct(self, functools.partial(with_it, self, *args, **kwargs), shared_dim)
 
     signature = inspect.signature(init)
     parameters = list(signature.parameters.values())

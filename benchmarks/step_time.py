@@ -230,11 +230,11 @@ def plugin_parts(part: Parts) -> Iterator[None]:
     maker, batch = WeightSharingFisherMaker, Batch
     natural = asdl.NaturalGradientMaker
     places: list[tuple[Any, str, str]] = [
-        (maker, "_forward", "forward"),
+        (maker, "capture", "forward"),
         (natural, "forward", "forward"),
         (batch, "take_inputs", "A"),
         (batch, "take_output_grads", "second backward"),
-        (batch, "_process", "B"),
+        (batch, "take_grads_of", "B"),
         (Tensor, "backward", "backward"),
         (natural, "update_preconditioner", "inverse"),
         (natural, "precondition", "precondition"),

@@ -1,8 +1,9 @@
 """A drop-in for ``nn.MultiheadAttention`` whose projections are linear layers that hooks can see.
 
 The thesis' W^Q, W^K and W^V (section 3.2) are layers of their own: children ``q_proj``, ``k_proj``,
-``v_proj`` beside ``out_proj``. They are :class:`~asdl_ws_plugin.blocks.LinearBlock`: the Parameters
-and the ``state_dict`` are those of ``nn.MultiheadAttention``, by name and by identity.
+``v_proj`` beside ``out_proj``. They are
+:class:`~asdl_ws_plugin.weight_sharing.blocks.LinearBlock`: the Parameters and the ``state_dict``
+are those of ``nn.MultiheadAttention``, by name and by identity.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..weight_sharing.blocks import LinearBlock, call_block
+from ..weight_sharing.torch_private import (
+    canonical_mask,
+    has_global_hooks,
+    has_own_hooks,
+    is_batched_attention,
+)
 
 __all__ = ["MultiheadAttention", "TransformerEncoder"]
 
@@ -25,16 +31,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anybody wants to see this module's calls."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return has_own_hooks(module) or has_global_hooks()
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -58,13 +55,20 @@ class MultiheadAttention(nn.MultiheadAttention):
         AssertionError, RuntimeError: as ``nn.MultiheadAttention``, for inputs and masks whose sizes
             do not match.
         ValueError: nested tensors, where the fused kernel cannot be used.
+
+    >>> import torch, asdl_ws_plugin
+    >>> attention = asdl_ws_plugin.MultiheadAttention(8, num_heads=2, batch_first=True)
+    >>> x = torch.randn(4, 5, 8)
+    >>> output, weights = attention(x, x, x)
+    >>> output.shape, [name for name, _ in attention.named_children()]
+    (torch.Size([4, 5, 8]), ['out_proj', 'q_proj', 'k_proj', 'v_proj'])
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._add_blocks()
+        self.add_blocks()
 
-    def _add_blocks(self) -> None:
+    def add_blocks(self) -> None:
         """Give the module its children. Also called on an ``nn.MultiheadAttention`` that becomes
         one of these.
         """
@@ -136,7 +140,7 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "gradients, no hooks on the projections. Pass padded tensors and a "
                 "key_padding_mask."
             )
-        is_batched = F._mha_shape_check(  # type: ignore[attr-defined]
+        is_batched = is_batched_attention(
             query, key, value, key_padding_mask, attn_mask, self.num_heads
         )
         if not is_batched:
@@ -242,23 +246,10 @@ class MultiheadAttention(nn.MultiheadAttention):
                 "module method `generate_square_subsequent_mask` to create this mask."
             )
         num_examples, target_len, source_len = sizes
-        padding = F._canonical_mask(
-            mask=key_padding_mask,
-            mask_name="key_padding_mask",
-            other_type=F._none_or_dtype(attn_mask),
-            other_name="attn_mask",
-            target_type=query.dtype,
-        )
+        padding = canonical_mask(key_padding_mask, "key_padding_mask", query.dtype, attn_mask)
         if is_causal and padding is None and not need_weights:
             return None, True
-        mask = F._canonical_mask(
-            mask=attn_mask,
-            mask_name="attn_mask",
-            other_type=None,
-            other_name="",
-            target_type=query.dtype,
-            check_other=False,
-        )
+        mask = canonical_mask(attn_mask, "attn_mask", query.dtype)
         if mask is not None:
             expected: tuple[int, ...] = (target_len, source_len)
             if mask.ndim == 3:

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..weight_sharing.names import qualified_name
 from ..weight_sharing.rules import matches_any
+from ..weight_sharing.torch_private import has_own_hooks
 
 __all__ = ["Converter", "Site", "convert", "register_converter", "revert"]
 
@@ -112,7 +114,7 @@ def register_converter(module_class: type[nn.Module] | str, converter: Converter
         TypeError: an argument is not of that type.
     """
     if isinstance(module_class, type) and issubclass(module_class, nn.Module):
-        module_class = _qualified(module_class)
+        module_class = qualified_name(module_class)
     if not isinstance(module_class, str):
         raise TypeError(
             "module_class has to be a subclass of torch.nn.Module or its name, got "
@@ -270,12 +272,7 @@ def revert(model: nn.Module) -> nn.Module:
         if converter is None:
             continue
         for made in converter.made(module):
-            if (
-                made._forward_hooks
-                or made._forward_pre_hooks
-                or made._backward_hooks
-                or made._backward_pre_hooks
-            ):
+            if has_own_hooks(made):
                 raise ValueError(
                     f"Module '{name}': a layer that convert made, {made}, has hooks. Remove them "
                     "first. The model is unchanged."
@@ -308,16 +305,12 @@ def convertible(model: nn.Module) -> dict[str, Converter]:
 # ---------------------------------------------------------------------------------------- internals
 
 
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _find(module: nn.Module) -> Iterator[tuple[tuple[str, str], Converter]]:
     """The converters for a module, the nearest class first, and what to remember them by."""
     for cls in type(module).__mro__:
-        name = _qualified(cls)
+        name = qualified_name(cls)
         for converter in _converters.get(name, ()):
-            yield (name, _qualified(type(converter))), converter
+            yield (name, qualified_name(type(converter))), converter
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -361,7 +354,7 @@ def _check_shared(model: nn.Module, todo: list[tuple[Site, tuple[str, str], Conv
             for name, other in holders[id(p)]:
                 same = other in taking and taking[other][1] is converter
                 mark = other.__dict__.get(_MARK)
-                same = same or (mark is not None and mark[1] == _qualified(type(converter)))
+                same = same or (mark is not None and mark[1] == qualified_name(type(converter)))
                 if other is not module and not same:
                     raise site.refuse(
                         f"it shares a Parameter with '{name}', which would not be converted with "

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from ..weight_sharing.names import PYG_LINEAR, qualified_name
 from ..weight_sharing.positions import WeightSharingLinear
 from ..weight_sharing.registry import is_supported
 from ..weight_sharing.rules import Rules
@@ -21,12 +22,7 @@ from .convert import Converter, Site, register_converter
 __all__ = ["register_all"]
 
 _BEFORE = "_asdl_ws_before"
-_PYG_LINEAR = "torch_geometric.nn.dense.linear.Linear"
 _PYG_GCN = "torch_geometric.nn.conv.gcn_conv.GCNConv"
-
-
-def _qualified(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _role_for(site: Site) -> str | None:
@@ -55,7 +51,7 @@ class LayerConverter(Converter):
             layers = [
                 (site.name, site.module)
                 for site in sites
-                if is_supported(site.module) or _qualified(type(site.module)) == _PYG_LINEAR
+                if is_supported(site.module) or qualified_name(type(site.module)) == PYG_LINEAR
             ]
             Rules(roles, "roles").check_matches(layers)
 
@@ -94,7 +90,7 @@ class PygLinearConverter(LayerConverter):
 
     def wants(self, site: Site) -> bool:
         module: Any = site.module
-        if _qualified(type(module)) != _PYG_LINEAR:
+        if qualified_name(type(module)) != PYG_LINEAR:
             return False
         if isinstance(module.weight, UninitializedParameter):
             raise site.refuse(
@@ -115,7 +111,7 @@ class GCNConverter(Converter):
 
     def wants(self, site: Site) -> bool:
         module: Any = site.module
-        if _qualified(type(module)) != _PYG_GCN:
+        if qualified_name(type(module)) != _PYG_GCN:
             return False
         if module.aggr not in ("add", "sum", "mean"):
             raise site.refuse(
@@ -123,7 +119,7 @@ class GCNConverter(Converter):
             )
         if getattr(module, "decomposed_layers", 1) > 1:
             raise site.refuse("it decomposes its features into several layers.")
-        if _qualified(type(module.lin)) != _PYG_LINEAR and not isinstance(module.lin, nn.Linear):
+        if qualified_name(type(module.lin)) != PYG_LINEAR and not isinstance(module.lin, nn.Linear):
             raise site.refuse(f"its weight is in a {type(module.lin).__name__}.")
         return True
 
@@ -221,5 +217,5 @@ def register_all() -> None:
     """Register the converters of this module."""
     register_converter(nn.Module, LayerConverter())
     register_converter(nn.Linear, LayerConverter())
-    register_converter(_PYG_LINEAR, PygLinearConverter())
+    register_converter(PYG_LINEAR, PygLinearConverter())
     register_converter(_PYG_GCN, GCNConverter())

@@ -12,7 +12,9 @@ from torch import nn
 
 from ..weight_sharing._warn import warn
 from ..weight_sharing.blocks import BlocksForward, LinearBlock
+from ..weight_sharing.names import SKIP_REASON
 from ..weight_sharing.rules import matches_any
+from ..weight_sharing.torch_private import own_parameters
 from . import graph_networks
 from .attention import PROJECTIONS, MultiheadAttention, TransformerEncoder
 from .convert import Converter, Site, register_converter
@@ -36,7 +38,6 @@ _BY_HEADS = {
     "transformers.models.codegen.modeling_codegen.CodeGenAttention",
 }
 _CONV1D = "transformers.pytorch_utils.Conv1D"
-SKIP_REASON = "_asdl_ws_skip"
 
 
 class AttentionConverter(Converter):
@@ -66,7 +67,7 @@ class AttentionConverter(Converter):
     def convert(self, site: Site) -> None:
         module: Any = site.module
         module.__class__ = MultiheadAttention
-        module._add_blocks()
+        module.add_blocks()
 
     def revert(self, module: nn.Module) -> None:
         for name in PROJECTIONS:
@@ -277,7 +278,8 @@ class RoutedConverter(Converter):
         ):
             return bool(self.without_batch)  # calls its layer
         for layer in self._layers(site.module):
-            if type(layer).forward is not nn.Linear.forward or "weight" not in layer._parameters:
+            is_plain = type(layer).forward is nn.Linear.forward
+            if not is_plain or "weight" not in own_parameters(layer):
                 raise site.refuse(
                     f"it uses the weight of its layer, a {type(layer).__name__}, without calling "
                     "it."

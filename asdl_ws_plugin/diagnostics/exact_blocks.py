@@ -8,7 +8,7 @@ and which layers are, is the business of :mod:`~asdl_ws_plugin.exactness`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,20 +16,30 @@ import torch.nn.functional as F
 from asdl.fisher import FisherConfig
 from asdl.operations import OP_COV_KRON, Operation
 from asdl.symmatrix import Kron
-from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from ..weight_sharing import factors
+from ..weight_sharing.arrange import arrange
 from ..weight_sharing.batch import Batch
 from ..weight_sharing.blocks import LinearBlock
-from ..weight_sharing.capture import Layer, Record
-from ..weight_sharing.fisher_maker import WeightSharingFisherMaker
-from ..weight_sharing.loss import LossTerms
-from ..weight_sharing.positions import Positions
+from ..weight_sharing.capture import Captured, Layer, recording
+from ..weight_sharing.count import count_examples
+from ..weight_sharing.errors import LayerError, layer_message
+from ..weight_sharing.fisher_maker import (
+    check_captured,
+    check_config,
+    declared_reduction,
+    read_terms,
+)
+from ..weight_sharing.loss import LossObserver
+from ..weight_sharing.operate import Estimate, exact_passes
+from ..weight_sharing.operations import WeightSharingOperation, completed
+from ..weight_sharing.plan import Plan
+from ..weight_sharing.positions import take_positions
 from ..weight_sharing.ragged import Ragged
 from ..weight_sharing.registry import find_operation
 
-__all__ = ["Comparison", "ExactBlock", "NothingSeen"]
+__all__ = ["Comparison", "ExactBlock"]
 
 # Gradients of examples are added to the block this many at a time, and a block is compared in parts
 # of this many numbers: few enough to be small beside a block of 10,000 weights, enough to be fast.
@@ -123,8 +133,11 @@ class ExactBlock:
                     cosines[name] = F.cosine_similarity(preconditioned, best, dim=0, eps=0.0).item()
         except torch.linalg.LinAlgError as error:
             raise torch.linalg.LinAlgError(
-                f"Layer '{self.layer.name}': a matrix plus damping {damping} is not positive "
-                f"definite. Increase damping, or use the model in double precision. ({error})"
+                layer_message(
+                    self.layer.name,
+                    f"a matrix plus damping {damping} is not positive definite",
+                    f"Increase damping, or use the model in double precision. ({error})",
+                )
             ) from error
         return errors, cosines
 
@@ -161,7 +174,7 @@ def _solved_in_place(matrix: Tensor, vector: Tensor, damping: float) -> Tensor:
 # ---------------------------------------------------------------------------------------- one batch
 
 
-class _Collector(Operation):
+class _Collector(WeightSharingOperation, Operation):
     """Hands a layer's arranged tensors in one batch to the operations of the strategies and to its
     exact block.
     """
@@ -174,22 +187,17 @@ class _Collector(Operation):
         for name in block.compare:
             operation = find_operation(module, name)
             if operation is None:
-                raise ValueError(
-                    f"Layer '{block.layer.name}': there is no operation for it under '{name}'."
-                )
-            self.operations[name] = operation(module, [OP_COV_KRON])
+                raise LayerError(block.layer.name, f"there is no operation for it under '{name}'")
+            made: Any = completed(operation, type(module))(module, [OP_COV_KRON])
+            made.layer_name = block.layer.name
+            self.operations[name] = made
         self.is_ragged = False
         self.of_loss = False  # the output gradients that come next are those of the loss
-
-    def num_feature_dims(self, module: Any) -> int:
-        count = getattr(next(iter(self.operations.values())), "num_feature_dims", None)
-        return 1 if count is None else count(module)
 
     def ragged_in_data(self, in_data: Tensor, ragged: Ragged) -> tuple[Tensor, float]:
         self.is_ragged = True
         for operation in self.operations.values():
-            take = getattr(operation, "ragged_in_data", None)
-            x, scale = take(in_data, ragged) if take is not None else (ragged.pad(in_data), 1.0)
+            x, scale = operation.ragged_in_data(in_data, ragged)
             operation.set_cov_scale(scale)
             operation.forward_post_process(x, None)
         return ragged.pad(in_data), 1.0
@@ -197,11 +205,7 @@ class _Collector(Operation):
     def ragged_out_grads(self, out_grads: Tensor, ragged: Ragged) -> Tensor:
         if not self.of_loss:
             for operation in self.operations.values():
-                take = getattr(operation, "ragged_out_grads", None)
-                self._take_grads(
-                    operation,
-                    take(out_grads, ragged) if take is not None else ragged.pad(out_grads),
-                )
+                self._take_grads(operation, operation.ragged_out_grads(out_grads, ragged))
         return ragged.pad(out_grads)
 
     def forward_post_process(self, in_data: Tensor, out_data: Any) -> None:
@@ -242,85 +246,110 @@ class _Collector(Operation):
                 self.block.B[name] += result["B"]
 
 
-class _CollectingBatch(Batch):
-    def __init__(self, blocks: dict[nn.Module, ExactBlock], *args: Any) -> None:
-        self.collectors = {module: _Collector(block) for module, block in blocks.items()}
-        super().__init__(*args)
+class Comparison:
+    """The exact Fisher's passes over batches, into blocks instead of the modules' curvature.
 
-    def _operation(self, layer: Layer) -> Operation:
-        return self.collectors[layer.module]
+    Args:
+        model: the model.
+        config: what a gradient maker would be given; its layers are those that are compared.
+        compare: the strategies.
 
+    Attributes:
+        blocks: one for each layer, by module.
+        num_examples, num_terms: of all batches.
+    """
 
-class NothingSeen(Exception):
-    """None of the layers that are looked at took part in a batch."""
-
-
-class Comparison(WeightSharingFisherMaker):
-    """The exact Fisher's passes over a batch, into blocks instead of the modules' curvature."""
-
-    def __init__(
-        self, model: nn.Module, config: FisherConfig, layers: list[Layer], compare: tuple[str, ...]
-    ) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: nn.Module, config: FisherConfig, compare: tuple[str, ...]) -> None:
+        check_config(model, config)
+        self.model, self.config = model, config
+        self.plan = Plan(model, config.fisher_shapes, config.shared_dim, config.ignore_modules)
         self.blocks = {layer.module: ExactBlock(layer, compare) for layer in self.plan.layers}
         self.num_examples, self.num_terms = 0, 0.0
 
-    def _new_batch(
-        self,
-        layers: list[Layer],
-        record: Record,
-        num_examples: int,
-        positions: dict[nn.Module, Positions],
-        scale_A: Any,
-        fvp: bool,
-        vec: ParamVector | None,
-    ) -> Batch:
-        self.num_examples += num_examples
-        return _CollectingBatch(
-            self.blocks, self.model, self.plan, layers, record, num_examples, positions, scale_A
+    def add(
+        self, logits: Callable[[Any], Any], loss: Any, args: Any, kwargs: Any, targets: Any
+    ) -> None:
+        """Add a batch to the blocks.
+
+        Args:
+            logits: takes them out of the model's output.
+            loss: a function of logits and targets.
+            args, kwargs: those of the model.
+        """
+        captured = self._capture(logits, loss, args, kwargs, targets)
+        if not captured.record.calls:
+            return
+        config, layers = self.config, self.plan.layers
+        check_captured(captured, config.fisher_type, self.plan)
+        terms = read_terms(captured, config.fisher_type, config.loss_type)
+        count = count_examples(layers, self.plan.layouts, captured)
+        self.plan.decide(terms.num_rows, count.num_logits_of_examples)
+        arranged = arrange(self.plan, layers, captured.record, count)
+        collectors = {module: _Collector(block) for module, block in self.blocks.items()}
+        batch = Batch(
+            self.model,
+            self.plan,
+            layers,
+            captured.record,
+            arranged,
+            count.num_examples,
+            1.0,
+            operations=collectors,
+        )
+        self.num_examples += count.num_examples
+        estimate = Estimate(config.fisher_type, config.loss_type, config.var)
+        with factors.full_precision():
+            batch.take_inputs()
+            self._add_gradients(batch, collectors, captured, float(terms.num_terms))
+            exact_passes(batch, captured, terms, count, estimate)
+        for module, reason in batch.unseen().items():
+            self.blocks[module].unseen = reason
+        for collector in collectors.values():
+            collector.finish()
+
+    def _capture(
+        self, logits: Callable[[Any], Any], loss: Any, args: Any, kwargs: Any, targets: Any
+    ) -> Captured:
+        said, layers = take_positions(self.model), self.plan.layers
+        with recording(layers, self.plan.check_call, positions=said) as record:
+            output = logits(self.model(*args, **kwargs))
+        with LossObserver() as observer:
+            value = loss(output, targets)
+        if not record.calls:
+            for layer in layers:
+                no_graph = layer.module in record.without_graph
+                self.blocks[layer.module].unseen = (
+                    "ran without an autograd graph" if no_graph else "was not called"
+                )
+        first = output[0] if isinstance(output, (tuple, list)) else output
+        return Captured(
+            record, first, value, observer.observations, [args, kwargs], declared_reduction(loss)
         )
 
-    def _backward(
+    def _add_gradients(
         self,
         batch: Batch,
-        terms: LossTerms,
-        loss: Tensor | None,
-        scale_B: Any,
-        calc_loss_grad: bool,
+        collectors: Mapping[nn.Module, _Collector],
+        captured: Captured,
+        num_terms: float,
     ) -> None:
-        assert isinstance(batch, _CollectingBatch) and loss is not None
-        num_terms = float(terms.num_terms)
+        """Add the gradients of the summed loss: of the weights, and as the layers' calls make them
+        up.
+        """
+        assert captured.loss is not None
         self.num_terms += num_terms
         modules = [layer.module for layer in batch.layers]
         held: list[Any] = [
             m.owned("weight") if isinstance(m, LinearBlock) else m.weight for m in modules
         ]
-        grads = torch.autograd.grad(loss, held, retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(captured.loss, held, retain_graph=True, allow_unused=True)
         for module, grad in zip(modules, grads, strict=True):
             if grad is not None:
-                part = module._part("weight", grad) if isinstance(module, LinearBlock) else grad
+                part = module.part("weight", grad) if isinstance(module, LinearBlock) else grad
                 self.blocks[module].grad.add_(part.flatten(), alpha=num_terms)
-        for collector in batch.collectors.values():
+        for collector in collectors.values():
             collector.of_loss = True
-        batch.take_output_grads(loss * num_terms, None, retain_graph=True)
+        batch.take_output_grads(captured.loss * num_terms, None, retain_graph=True)
         batch.end_of_pass()
-        for collector in batch.collectors.values():
+        for collector in collectors.values():
             collector.of_loss = False
-        super()._backward(batch, terms, loss, scale_B, False)
-
-    def _nothing_seen(self, layers: list[Layer], record: Record) -> str:
-        for layer in layers:
-            no_graph = layer.module in record.without_graph
-            self.blocks[layer.module].unseen = (
-                "ran without an autograd graph" if no_graph else "was not called"
-            )
-        raise NothingSeen
-
-    def _report_unseen(self, layers: list[Layer], record: Record) -> None:
-        for module, reason in self.unseen.items():
-            self.blocks[module].unseen = reason
-
-    def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
-        assert isinstance(batch, _CollectingBatch)
-        for collector in batch.collectors.values():
-            collector.finish()

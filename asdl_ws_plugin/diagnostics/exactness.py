@@ -10,36 +10,35 @@ the Kronecker factors, by the operations that training uses.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from asdl.fisher import FisherConfig
 from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
-from asdl.matrices import FISHER_EXACT, SHAPE_KRON, SHAPE_UNIT_WISE
+from asdl.matrices import FISHER_EXACT, SHAPE_KRON
 from torch import Tensor, nn
 
+from ..makers import FisherConfig
 from ..weight_sharing.capture import Layer
+from ..weight_sharing.errors import LayerError
 from ..weight_sharing.loss import LOSS_TYPES
 from ..weight_sharing.operations import EXPAND, REDUCE
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.registry import is_supported, strategies
 from ..weight_sharing.rules import describe_key, matches_any
-from .exact_blocks import Comparison, NothingSeen
+from ..weight_sharing.shapes import KFAC_SHAPES, NORMALIZATIONS
+from ..weight_sharing.torch_private import AnyBatchNorm
+from .exact_blocks import Comparison
 from .survey import logits_of, unchanged
 from .tables import Printable, Table, as_sizes
 
-__all__ = ["ApproximationError", "LayerError", "approximation_error"]
-
-_NORMALIZATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)
-_SHAPES = [SHAPE_KRON, *((cls, SHAPE_UNIT_WISE) for cls in _NORMALIZATIONS)]
+__all__ = ["ApproximationError", "LayerComparison", "approximation_error"]
 
 
 @dataclass
-class LayerError:
+class LayerComparison:
     """How far the approximations of one layer's block are from it.
 
     Attributes:
@@ -70,13 +69,13 @@ class ApproximationError(Printable):
         damping: what was added before inverting; ``None`` if nothing was inverted.
     """
 
-    rows: list[LayerError]
+    rows: list[LayerComparison]
     skipped: dict[str, str]
     num_examples: int
     num_terms: float
     damping: float | None
 
-    def __getitem__(self, name: str) -> LayerError:
+    def __getitem__(self, name: str) -> LayerComparison:
         """The row of the layer of this name."""
         for row in self.rows:
             if row.name == name:
@@ -176,9 +175,7 @@ def approximation_error(
     if damping is not None and not damping >= 0:
         raise ValueError(f"damping has to be a number that is not negative, got {damping!r}.")
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
+        if isinstance(module, AnyBatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"Module '{name}' ({type(module).__name__}) normalizes with the statistics of the "
                 "batch, so that an example's logits depend on the other examples and there is no "
@@ -196,7 +193,7 @@ def approximation_error(
 
     shared_dim = [EXPAND, *rules]
     chosen, skipped = _choose(model, shared_dim, layers, max_weights)
-    rows: list[LayerError] = []
+    rows: list[LayerComparison] = []
     totals: tuple[int, float] = (0, 0.0)
     for group in _groups(chosen, max_weights):
         config = FisherConfig(
@@ -208,29 +205,24 @@ def approximation_error(
             data_size=1,
             ignore_modules=_all_but(model, group),
         )
-        maker = Comparison(model, config, group, tuple(compare))
+        comparison = Comparison(model, config, tuple(compare))
         function = loss if loss is not None else _mean_loss(loss_type)
         with unchanged(model), torch.enable_grad():
             for args, kwargs, targets in batches:
-                dummy = maker.setup_model_call(
-                    lambda *a, **k: logits(model(*a, **k)), *args, **kwargs
-                )
-                maker.setup_loss_call(function, dummy, targets)
-                with contextlib.suppress(NothingSeen):
-                    maker.forward_and_backward()
-        totals = max(totals, (maker.num_examples, maker.num_terms))
+                comparison.add(logits, function, args, kwargs, targets)
+        totals = max(totals, (comparison.num_examples, comparison.num_terms))
         for layer in group:
-            block = maker.blocks.pop(layer.module)  # its memory goes with it
+            block = comparison.blocks.pop(layer.module)  # its memory goes with it
             reason = block.why_not()
             if reason is None:
                 errors, cosines = block.compared(*totals, damping)
                 rows.append(
-                    LayerError(
+                    LayerComparison(
                         layer.name, type(layer.module).__name__, block.sizes, errors, cosines
                     )
                 )
             elif layers is not None:
-                raise ValueError(f"Layer '{layer.name}': {reason}")
+                raise LayerError(layer.name, reason)
             else:
                 skipped[layer.name] = reason
         del block
@@ -285,7 +277,7 @@ def _choose(
     reasons: dict[str, str] = {}
     plan = Plan(
         model,
-        _SHAPES,
+        KFAC_SHAPES,
         shared_dim,
         kronecker_only=True,
         on_refusal=lambda name, module, error: reasons.update({name: str(error)}),
@@ -305,7 +297,7 @@ def _choose(
     if keys is None:
         modules = dict(model.named_modules())
         skipped = {
-            n: why for n, why in reasons.items() if not isinstance(modules[n], _NORMALIZATIONS)
+            n: why for n, why in reasons.items() if not isinstance(modules[n], NORMALIZATIONS)
         }
         if not candidates:
             raise ValueError(_nothing_to_compare(skipped))

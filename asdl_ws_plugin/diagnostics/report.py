@@ -2,14 +2,13 @@
 
 One forward pass, after which the model, its buffers and all generators are as before. What a row
 says of a layer is what a training step would do with it: the plan, the hooks, the layouts and the
-arrangement of its inputs are those of :mod:`~asdl_ws_plugin.fisher_maker`.
+arrangement of its inputs are the stages of :mod:`~asdl_ws_plugin.weight_sharing.fisher_maker`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,22 +18,20 @@ from asdl.matrices import SHAPE_KRON, SHAPE_UNIT_WISE
 from torch import nn
 
 from ..conversion.convert import convertible
-from ..weight_sharing.batch import Batch
+from ..weight_sharing.arrange import Arranged, arrange_layer
 from ..weight_sharing.blocks import LinearBlock, blocks_of, input_group, lent_to, parameters_of
-from ..weight_sharing.capture import Layer, Record
+from ..weight_sharing.capture import Layer
+from ..weight_sharing.errors import LayerFault
 from ..weight_sharing.factors import accumulation_dtype
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.rules import AUTO
+from ..weight_sharing.shapes import KFAC_SHAPES
+from ..weight_sharing.torch_private import own_parameters
 from .survey import Survey, unchanged
 from .tables import Printable, Table, as_bytes, as_sizes
 
 __all__ = ["Report", "Row", "inspect"]
 
-# The shapes of KfacGradientMaker.
-_SHAPES = [
-    SHAPE_KRON,
-    *((cls, SHAPE_UNIT_WISE) for cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm)),
-]
 _FIRST_ORDER = "It is left to the first-order optimizer"
 
 
@@ -254,7 +251,7 @@ def inspect(
     refused: dict[nn.Module, Exception] = {}
     plan = Plan(
         model,
-        _SHAPES,
+        KFAC_SHAPES,
         shared_dim,
         on_refusal=lambda name, module, error: refused.update({module: error}),
     )
@@ -284,11 +281,10 @@ class _Builder:
         layers = (
             module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))
         )
-        self.weights = {id(module._parameters.get("weight")) for module in layers}
+        self.weights = {id(own_parameters(module).get("weight")) for module in layers}
         self.covered: dict[int, int] = {}
         self.failed: dict[nn.Module, Exception] = {}
-        self.arranged: dict[nn.Module, tuple[str, float]] = {}
-        self.assumed: set[nn.Module] = set()
+        self.arranged: dict[nn.Module, Arranged] = {}
         self.groups: set[nn.Module] = set()
         self.convertible = convertible(model)
         for layer in plan.layers:
@@ -309,7 +305,7 @@ class _Builder:
         return Report(
             type(self.model).__name__,
             rows,
-            self.seen.num_examples,
+            self.seen.count.num_examples,
             self.seen.setting,
             sum(p.numel() for p in trainable),
             seen_of(trainable),
@@ -324,31 +320,11 @@ class _Builder:
         calls = self.seen.record.calls.get(layer.module)
         if calls is None or layer.module in self.seen.refused:
             return
-        plan, n = self.plan, self.seen.num_examples
-        before = len(plan.layouts._assumed)
         try:
-            record = Record({layer.module: calls})
-            batch = Batch(self.model, plan, [layer], record, n, self.seen.positions, 1.0)
-            operation = batch.context.get_operation(layer.module)
-            with torch.no_grad():
-                total = 0.0
-                for i, call in enumerate(calls):
-                    x = batch._input(layer, i, call, operation, len(calls))
-                    arrangement = batch._arranged[layer.module][i]
-                    ragged = arrangement.ragged
-                    if ragged is not None:
-                        total += ragged.num_positions / max(1, n)
-                    elif isinstance(layer.module, nn.Conv2d):
-                        total += call.out_shape[-2:].numel() * (call.out_shape[:-3].numel() / n)
-                    else:
-                        total += x.shape[1]
-            arrangements = batch._arranged[layer.module]
-            is_ragged = any(arrangement.ragged is not None for arrangement in arrangements)
-            self.arranged[layer.module] = ("ragged" if is_ragged else arrangements[0].layout), total
+            arranged = arrange_layer(self.plan, layer, calls, self.seen.count)
+            self.arranged[layer.module] = arranged
         except (RuntimeError, TypeError, ValueError) as error:
             self.failed[layer.module] = error
-        if len(plan.layouts._assumed) > before:
-            self.assumed.add(layer.module)
 
     def _row(self, name: str, module: nn.Module) -> Row | None:
         owned = {
@@ -394,7 +370,8 @@ class _Builder:
     def _describe(self, row: Row, layer: Layer) -> None:
         module: Any = layer.module
         row.shape = layer.shape
-        row.layout, row.R = self.arranged[layer.module]
+        arranged = self.arranged[layer.module]
+        row.layout, row.R = arranged.layout, arranged.R
         itemsize = accumulation_dtype(module.weight.dtype).itemsize
         if layer.shape == SHAPE_KRON:
             row.strategy = self.plan.strategy_of(layer)
@@ -430,7 +407,7 @@ class _Builder:
                 if p.requires_grad and not self._covers(p)
             ]
             yield f"Of its Parameters, {_listed(names)} with {rest:,} numbers are not seen."
-        if layer.module in self.assumed:
+        if any(call.finding.is_assumed for call in self.arranged[layer.module].calls):
             yield (
                 "Its sizes fit batch first and sequence first; batch first is assumed. A rule in "
                 f"shared_dim, as in ('{row.name}', 'sequence_first'), says it."
@@ -571,10 +548,8 @@ def _sentence(text: str) -> str:
 
 
 def _explained(error: Exception, name: str) -> tuple[str, str]:
-    """An error message ``Layer 'name' (Class): reason. Remedy.`` in its two parts."""
-    text = re.sub(r"^Layer '[^']*'(?: \(\w+\))?:? ", "", str(error))
-    text = f"it {text}" if text.startswith("is ") else text
-    reason, _, remedy = text.partition(". ")
-    return _sentence(
-        reason
-    ), remedy or f"Leave it to the first-order optimizer with ignore_modules=['{name}']."
+    """Why a layer cannot be handled, and the remedy."""
+    leave = f"Leave it to the first-order optimizer with ignore_modules=['{name}']."
+    if isinstance(error, LayerFault):
+        return error.reason, error.remedy or leave
+    return _sentence(str(error)), leave

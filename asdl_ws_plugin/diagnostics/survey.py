@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..weight_sharing.blocks import has_blocks, parameters_of
-from ..weight_sharing.capture import Layer, recording
-from ..weight_sharing.fisher_maker import count_examples
-from ..weight_sharing.layout import leading_sizes
+from ..weight_sharing.capture import Captured, Layer, recording
+from ..weight_sharing.count import Count, count_examples, leading_sizes, num_rows
 from ..weight_sharing.plan import Plan
-from ..weight_sharing.positions import Positions
+from ..weight_sharing.positions import take_positions
+from ..weight_sharing.torch_private import own_buffers
 from .autograd_graph import Graph
 
 __all__ = ["Survey", "logits_of", "unchanged"]
@@ -53,7 +53,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
     ]
     states = random.getstate(), numpy.random.get_state()
     try:
@@ -66,7 +66,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, copy in buffers:
-                module._buffers[name] = buffer
+                own_buffers(module)[name] = buffer
                 if buffer is not None and copy is not None:
                     buffer.copy_(copy)
 
@@ -78,6 +78,7 @@ class Survey:
         calls: how often each module with parameters was called.
         input_sizes: of the first input of its first call.
         record: the calls of the plan's layers.
+        count: N, and whose row is whose.
         refused: layers that cannot be handled, with the error.
         graph: the autograd graph of all of the output.
         from_input: its nodes that depend on the inputs, or on Parameters that take their place;
@@ -102,7 +103,8 @@ class Survey:
                 if parameters_of(module) and not isinstance(module, torch.jit.ScriptModule):
                     handles.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
             args, kwargs = _traced(args, leaves), _traced(kwargs, leaves)
-            with recording(plan.layers, plan.check_call, self._refuse) as self.record:
+            said = take_positions(model)
+            with recording(plan.layers, plan.check_call, self._refuse, said) as self.record:
                 output = model(*args, **kwargs)
         finally:
             for handle in handles:
@@ -118,16 +120,14 @@ class Survey:
         inputs = list(_tensors([args, kwargs]))
         found = self.graph.depending_on(leaves) if len(leaves) == len(inputs) else set()
         self.from_input = found | self.graph.depending_on(_learned_inputs(model)) if found else None
-        self.positions: dict[nn.Module, Positions] = {}
         if logits.ndim == 0:  # a loss
-            self.num_examples = (leading_sizes([args, kwargs]) or (1,))[0]
+            self.count = Count((leading_sizes([args, kwargs]) or (1,))[0])
         else:
-            self.num_examples, self.positions = count_examples(
-                plan, self.record, logits, args, kwargs
-            )
-        rows = max(1, logits[..., 0].numel() if logits.ndim > 1 else logits.numel())
-        self.setting = "reduce" if rows <= self.num_examples else "expand"
-        plan.decide(rows, self.num_examples)
+            captured = Captured(self.record, logits, None, (), [args, kwargs])
+            self.count = count_examples(plan.layers, plan.layouts, captured)
+        rows, n = num_rows(logits), self.count.num_examples
+        self.setting = "reduce" if rows <= n else "expand"
+        plan.decide(rows, n)
 
     def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.calls[module] = self.calls.get(module, 0) + 1

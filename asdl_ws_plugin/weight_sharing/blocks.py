@@ -83,12 +83,12 @@ class LinearBlock(nn.Linear):
         self._num_blocks = {"weight": num_blocks, "bias": num_bias_blocks or num_blocks}
         self.transposed = transposed
         self.__dict__["_views"] = {}
-        self.out_features, self.in_features = self._part("weight", getattr(owner, weight)).shape
+        self.out_features, self.in_features = self.part("weight", getattr(owner, weight)).shape
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}  # a copy makes its own
 
-    def _part(self, kind: str, tensor: Tensor) -> Tensor:
+    def part(self, kind: str, tensor: Tensor) -> Tensor:
         """This block's part of the owner's tensor, a view."""
         count = self._num_blocks[kind]
         if kind == "weight" and self.transposed:
@@ -108,7 +108,7 @@ class LinearBlock(nn.Linear):
             self._num_blocks[kind] == 1 and not (kind == "weight" and self.transposed)
         ):
             return parameter
-        data = self._part(kind, parameter.detach())
+        data = self.part(kind, parameter.detach())
         view = self._views.get(kind)
         if view is None or view.dtype != data.dtype or view.device != data.device:
             view = self._views[kind] = nn.Parameter(data)
@@ -117,7 +117,7 @@ class LinearBlock(nn.Linear):
         view.data = data
         view.requires_grad_(parameter.requires_grad)
         if parameter.grad is not None:
-            view.grad = self._part(kind, parameter.grad)
+            view.grad = self.part(kind, parameter.grad)
         return view
 
     @property
@@ -141,8 +141,8 @@ class LinearBlock(nn.Linear):
         if weight is None:
             owned_weight, owned_bias = self.owned("weight"), self.owned("bias")
             assert owned_weight is not None
-            weight = self._part("weight", owned_weight)
-            bias = None if owned_bias is None else self._part("bias", owned_bias)
+            weight = self.part("weight", owned_weight)
+            bias = None if owned_bias is None else self.part("bias", owned_bias)
         return F.linear(input, weight, bias)
 
     def extra_repr(self) -> str:

@@ -1,5 +1,5 @@
-"""Hooks: what every layer of a model saw in one forward pass, and handles on the gradients of its
-outputs.
+"""Stage 1, *capture*: what every layer of a model saw in one forward pass, and handles on the
+gradients of its outputs.
 
 Forward hooks only; they are gone as soon as the forward pass is over. Instead of backward hooks,
 the *gradient edge* of each output is kept: the place in the autograd graph where the gradient with
@@ -11,8 +11,7 @@ weight gradients.
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from .errors import LayerRuntimeError, LayerTypeError
+from .torch_private import base_of, eagerly, version_of
+
 __all__ = [
     "Call",
+    "Captured",
     "Layer",
     "Record",
     "batch_norm_edge",
+    "current_record",
     "first_tensor",
     "last_nodes",
     "output_edge",
@@ -50,11 +54,12 @@ class Call:
     def unmodified_input(self, name: str) -> Tensor:
         """The layer's input. Raises a RuntimeError if it was modified in place after the call."""
         assert self.in_data is not None
-        if self.in_data._version != self.version:
-            raise RuntimeError(
-                f"Layer '{name}': its input was modified in place after the layer was called, so "
-                "its curvature cannot be computed. Use the out-of-place operation, or "
-                "ignore_modules."
+        if version_of(self.in_data) != self.version:
+            raise LayerRuntimeError(
+                name,
+                "its input was modified in place after the layer was called, so its curvature "
+                "cannot be computed",
+                "Use the out-of-place operation, or ignore_modules.",
             )
         return self.in_data
 
@@ -86,12 +91,33 @@ class Record:
     Attributes:
         calls: the calls of each layer.
         without_graph: the layers that ran outside of autograd.
-        positions: what was said of the rows of each module while the model ran.
+        positions: what was said of the rows of each module, before the model ran and while it did.
     """
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     without_graph: set[nn.Module] = field(default_factory=set)
     positions: dict[nn.Module, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A forward pass and its loss: all that the later stages know of a batch.
+
+    Attributes:
+        record: what the layers saw.
+        logits: the model's logits.
+        loss: the user's loss; ``None`` if there is none.
+        observations: the calls of PyTorch's loss functions that were seen.
+        inputs: the model's arguments, in a nest of containers.
+        reduction: what the loss function says of itself.
+    """
+
+    record: Record
+    logits: Tensor
+    loss: Tensor | None
+    observations: Sequence[Any]
+    inputs: Any
+    reduction: str | None = None
 
 
 _records: list[Record] = []
@@ -136,7 +162,7 @@ def output_edge(out: Tensor) -> GradientEdge:
     """Where the gradient with respect to a layer's output arrives, whatever is done to the output
     in place.
     """
-    base = out._base
+    base = base_of(out)
     if (
         base is not None
         and base.grad_fn is not None
@@ -189,25 +215,7 @@ def first_tensor(name: str, module: nn.Module, what: str, values: Any) -> Tensor
         for value in values:
             if isinstance(value, Tensor):
                 return value
-    raise TypeError(f"Layer '{name}' ({type(module).__name__}): no tensor among its {what}.")
-
-
-@contextlib.contextmanager
-def _eagerly() -> Iterator[None]:
-    """Whatever was compiled runs as if it were not."""
-    if "torch._dynamo" not in sys.modules:
-        yield
-    elif hasattr(torch.compiler, "set_stance"):
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:  # PyTorch 2.5
-        eval_frame: Any = sys.modules["torch._dynamo.eval_frame"]
-        set_callback = eval_frame._maybe_set_eval_frame
-        eval_frame._maybe_set_eval_frame = lambda callback: set_callback(None)
-        try:
-            yield
-        finally:
-            eval_frame._maybe_set_eval_frame = set_callback
+    raise LayerTypeError(name, f"no tensor among its {what}", kind=type(module).__name__)
 
 
 @contextlib.contextmanager
@@ -215,52 +223,29 @@ def recording(
     layers: list[Layer],
     check: Callable[[Layer, nn.Module, Tensor, Tensor], GradientEdge | None] | None = None,
     on_refusal: Callable[[Layer, Exception], None] | None = None,
+    positions: Mapping[nn.Module, Any] | None = None,
 ) -> Iterator[Record]:
-    """Record the calls of these layers while the context is open; ``check(layer, module, in_data,
-    out)`` on each.
-
-    What that returns is where the layer's output gradient arrives, unless it is ``None``: at the
-    module's output. With ``on_refusal``, a call that cannot be recorded is handed to it with the
-    error instead of raising that.
+    """Record the calls of these layers while the context is open.
 
     Whatever torch.compile compiled runs eagerly meanwhile: compiled code skips hooks, or hides the
-    outputs of inner
-    layers from autograd.
+    outputs of inner layers from autograd.
+
+    Args:
+        layers: the layers.
+        check: called as ``check(layer, module, in_data, out)`` with each call. It returns where the
+            layer's output gradient arrives; ``None``: at the module's output.
+        on_refusal: is handed the error of a call that cannot be recorded, instead of raising it.
+        positions: what was said of the rows of modules before.
     """
-    record = Record()
+    record = Record(positions=dict(positions or {}))
     handles = []
-
-    def add_hook(layer: Layer, name: str, module: nn.Module) -> None:
-        def hook(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> None:
-            try:
-                note(args, kwargs, output)
-            except (TypeError, ValueError) as error:
-                if on_refusal is None:
-                    raise
-                on_refusal(layer, error)
-
-        def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            out = first_tensor(name, module, "outputs", output)
-            if out.grad_fn is None:
-                record.without_graph.add(layer.module)
-                return
-            in_data = first_tensor(name, module, "arguments", args or kwargs)
-            edge = None if check is None else check(layer, module, in_data, out)
-            call = Call(
-                module, in_data.detach(), out.shape, edge or output_edge(out), in_data._version
-            )
-            record.calls.setdefault(layer.module, []).append(call)
-
-        # First of all hooks: the user's own may replace the output.
-        handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
-
     try:
         for layer in layers:
             for name, module in [(layer.name, layer.module), *layer.tied]:
-                add_hook(layer, name, module)
-        with _eagerly():
+                hook = _recorder(record, layer, name, module, check, on_refusal)
+                # First of all hooks: the user's own may replace the output.
+                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        with eagerly():
             _records.append(record)
             yield record
     finally:
@@ -268,3 +253,36 @@ def recording(
             _records.remove(record)
         for handle in handles:
             handle.remove()
+
+
+def _recorder(
+    record: Record,
+    layer: Layer,
+    name: str,
+    module: nn.Module,
+    check: Callable[[Layer, nn.Module, Tensor, Tensor], GradientEdge | None] | None,
+    on_refusal: Callable[[Layer, Exception], None] | None,
+) -> Callable[..., None]:
+    """The hook of one module of a layer."""
+
+    def note(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        out = first_tensor(name, module, "outputs", output)
+        if out.grad_fn is None:
+            record.without_graph.add(layer.module)
+            return
+        in_data = first_tensor(name, module, "arguments", args or kwargs)
+        edge = None if check is None else check(layer, module, in_data, out)
+        call = Call(
+            module, in_data.detach(), out.shape, edge or output_edge(out), version_of(in_data)
+        )
+        record.calls.setdefault(layer.module, []).append(call)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            note(args, kwargs, output)
+        except (TypeError, ValueError) as error:
+            if on_refusal is None:
+                raise
+            on_refusal(layer, error)
+
+    return hook

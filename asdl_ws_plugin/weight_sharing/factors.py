@@ -28,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .torch_private import padding_of
+
 __all__ = [
     "accumulation_dtype",
     "expand_factor_A",
@@ -156,7 +158,7 @@ def _windows(x: Tensor, conv: Any) -> Tensor:
     """A view of all patches: ``(N, C, H, W) -> (N, C, H', W', kh, kw)``. Copies only what padding
     adds.
     """
-    pads = conv._reversed_padding_repeated_twice
+    pads = padding_of(conv)
     if any(pads):
         x = F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
     for dim, (size, step, gap) in enumerate(

@@ -1,60 +1,59 @@
-"""The curvature of one batch: one forward pass, its gradient, and the factors of every layer.
+"""The curvature of one batch, in six stages that return values.
 
-Data flows one way: the tensors that :mod:`~.capture` recorded are brought into one layout, handed
-to the layers' operations, and become the modules' ``fisher`` at the very end. A step that fails
+=========  ======================  ================================================================
+stage      file                    what it returns
+=========  ======================  ================================================================
+capture    :mod:`~.capture`        what every layer saw, the logits and the loss
+read       :mod:`~.loss`           the terms of the loss and how it is made of them
+count      :mod:`~.count`          N, and whose row is whose
+arrange    :mod:`~.arrange`        how the layers' tensors become ``(N, R, P)``
+operate    :mod:`~.operate`        the layers' matrices
+commit     :mod:`~.commit`         the modules' ``fisher``
+=========  ======================  ================================================================
+
+Data flows one way, and nothing of the model is changed before the last stage: a step that fails
 anywhere leaves nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from asdl.fisher import FisherConfig, FisherMaker
 from asdl.grad_maker import GradientMaker
-from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_FULL, SHAPE_KFE
-from asdl.symmatrix import SymMatrix
-from asdl.utils import record_original_requires_grad
+from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_KFE
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
-from ._warn import warn
+from .arrange import arrange
 from .batch import Batch
-from .blocks import parameters_of
-from .capture import Layer, Record, recording
-from .factors import full_precision
-from .layout import fits, infer_num_examples, leading_sizes
+from .capture import Captured, recording
+from .commit import commit, commit_products, invert
+from .count import Count, count_examples
 from .loss import (
     LOSS_BINARY_CROSS_ENTROPY,
     LOSS_TYPES,
     LossObserver,
     LossTerms,
     check_var,
-    exact_output_grads,
-    positions_of_terms,
     read_loss,
-    sampled_output_grads,
 )
-from .matrices import corrected, is_of, merge, share_inverses, shared_tensors, tensors, trained
+from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
-from .positions import GRAPH, Positions, positions_of, take_own_positions
-from .ragged import Segments
-from .rules import SEQUENCE_FIRST
+from .positions import take_positions
+from .unseen import UnseenReport, check_any_called
 
-__all__ = ["FISHER_FORWARD_ONLY", "WeightSharingFisherMaker"]
-
-FISHER_FORWARD_ONLY = "fisher_forward_only"
-FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
+__all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
 
 NO_LAYERS = (
     "The model has no layer whose curvature could be computed: none of a supported type that has "
     "a trainable parameter and is not ignored. Is everything frozen, is the model scripted or "
     "traced by torch.jit, or does it need asdl_ws_plugin.convert(model) first?"
 )
-# Between the seeds of consecutive batches: 2**64 over the golden ratio, far apart.
-_STRIDE = 0x9E3779B97F4A7C15
 _INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
 
 
@@ -91,6 +90,58 @@ def check_setup(maker: GradientMaker, needs_loss: bool) -> None:
         raise ValueError("No loss is set. Call setup_loss_call() or setup_loss_repr() first.")
 
 
+def check_config(model: nn.Module, config: FisherConfig) -> None:
+    """Raise a ValueError for a configuration that there is no curvature for."""
+    if config.fisher_type not in FISHER_TYPES:
+        raise ValueError(
+            f"fisher_type has to be one of {', '.join(FISHER_TYPES)}, got {config.fisher_type!r}."
+        )
+    if config.fisher_type != FISHER_EMP and config.loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}."
+        )
+    if config.n_mc_samples < 1:
+        raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
+    check_data_size(config.data_size)
+    check_var(config.var)
+    for name, p in model.named_parameters():
+        if hasattr(p, "device_mesh"):
+            raise ValueError(
+                f"Parameter '{name}' is a DTensor, as fully_shard makes them: each rank has a "
+                "part of it, but the curvature is of whole layers. Train with whole copies of "
+                "the model on every rank instead."
+            )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is wanted of a batch beside its curvature.
+
+    Attributes:
+        data_size: D; -1: the curvature is that of the loss that was passed.
+        scale: multiplies every matrix; the Kronecker factors are multiplied with it each.
+        accumulate: add to the curvature of earlier batches.
+        calc_loss_grad: accumulate the gradient of the loss into ``.grad``.
+        fvp: compute the Fisher-vector product with ``vec`` instead.
+        vec: see ``fvp``.
+    """
+
+    data_size: int = _INVALID_DATA_SIZE
+    scale: float = 1.0
+    accumulate: bool = False
+    calc_loss_grad: bool = False
+    fvp: bool = False
+    vec: ParamVector | None = None
+
+    def scales(self, terms: LossTerms, count: Count, has_loss: bool) -> tuple[Any, Any]:
+        """What A and B are multiplied with."""
+        if self.data_size != _INVALID_DATA_SIZE:
+            return self.scale / self.data_size, self.scale / self.data_size
+        if not has_loss:
+            raise ValueError("data_size is not specified, and there is no loss to tell it from.")
+        return self.scale / count.num_examples, self.scale / terms.num_terms
+
+
 class WeightSharingFisherMaker(FisherMaker):
     """Computes the Fisher information of a model whose layers share weights over positions.
 
@@ -118,26 +169,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
     def __init__(self, model: nn.Module, config: FisherConfig) -> None:
         super().__init__(model, config)
-        if config.fisher_type not in FISHER_TYPES:
-            raise ValueError(
-                f"fisher_type has to be one of {', '.join(FISHER_TYPES)}, got "
-                f"{config.fisher_type!r}."
-            )
-        if config.fisher_type != FISHER_EMP and config.loss_type not in LOSS_TYPES:
-            raise ValueError(
-                f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}."
-            )
-        if config.n_mc_samples < 1:
-            raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
-        check_data_size(config.data_size)
-        check_var(config.var)
-        for name, p in model.named_parameters():
-            if hasattr(p, "device_mesh"):
-                raise ValueError(
-                    f"Parameter '{name}' is a DTensor, as fully_shard makes them: each rank has a "
-                    "part of it, but the curvature is of whole layers. Train with whole copies of "
-                    "the model on every rank instead."
-                )
+        check_config(model, config)
         self.plan = Plan(
             model,
             config.fisher_shapes,
@@ -160,7 +192,7 @@ class WeightSharingFisherMaker(FisherMaker):
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
-        self._reported: set[str] = set()
+        self._unseen_report = UnseenReport(self.plan)
 
     @property
     def is_fisher_emp(self) -> bool:
@@ -206,435 +238,140 @@ class WeightSharingFisherMaker(FisherMaker):
             FloatingPointError: the loss or a factor is not finite.
             RuntimeError: no layer's hook fired.
         """
-        if accumulate and calc_inv:
-            raise ValueError("accumulate and calc_inv cannot be True at the same time.")
-        if fvp and calc_inv:
-            raise ValueError("fvp and calc_inv cannot be True at the same time.")
-        config, plan = self.config, self.plan
+        for option, is_set in (("accumulate", accumulate), ("fvp", fvp)):
+            if is_set and calc_inv:
+                raise ValueError(f"{option} and calc_inv cannot be True at the same time.")
         check_data_size(data_size)
-        data_size = config.data_size if data_size == _INVALID_DATA_SIZE else data_size
-        scale = config.scale if scale is None else scale
-        has_loss = self._loss_fn is not None or self._dummy_loss is not None
         check_setup(self, needs_loss=self.is_fisher_emp or calc_loss_grad)
-        plan.check_still_complete()
-
-        layers = plan.layers
-        record, loss, observations = self._forward(layers, has_loss)
-        logits = self._logits
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"The logits have to be a tensor, got {type(logits).__name__}. Select them with "
-                "setup_logits_repr."
-            )
-        check_batch(logits, loss)
-        if not record.calls:
-            raise RuntimeError(self._nothing_seen(layers, record))
-        if not logits.requires_grad and config.fisher_type in (FISHER_EXACT, FISHER_MC):
-            raise RuntimeError(
-                f"The logits, of sizes {tuple(logits.shape)}, do not depend on any parameter that "
-                "requires a gradient. If another of the model's outputs are the logits, select "
-                "them with setup_logits_repr."
-            )
-
-        loss_type = None if self.is_fisher_emp else config.loss_type
-        terms = read_loss(loss, observations, logits, loss_type, self._declared_reduction())
-        if terms.has_negative and config.fisher_type in (FISHER_EXACT, FISHER_MC):
-            raise ValueError(
-                "The loss weighs terms negatively, as advantages do, so its curvature need not be "
-                "positive. Use fisher_type='fisher_emp', the second moment of its gradients."
-            )
-        num_examples, positions = count_examples(
-            plan, record, logits, self._model_args, self._model_kwargs
+        step = Step(
+            self.config.data_size if data_size == _INVALID_DATA_SIZE else data_size,
+            self.config.scale if scale is None else scale,
+            accumulate,
+            calc_loss_grad,
+            fvp,
+            vec,
         )
-        plan.layouts.num_terms = terms.num_rows
-        plan.decide(terms.num_rows, _num_logits_of_examples(positions, num_examples))
-        if data_size == _INVALID_DATA_SIZE:
-            if loss is None:
-                raise ValueError(
-                    "data_size is not specified, and there is no loss to tell it from."
-                )
-            scale_A, scale_B = scale / num_examples, scale / terms.num_terms
-        else:
-            scale_A = scale_B = scale / data_size
-        if config.fisher_type == FISHER_FORWARD_ONLY:
-            scale_B = scale_A
-
-        self._record_requires_grad()
-        batch = self._new_batch(layers, record, num_examples, positions, scale_A, fvp, vec)
-        batch.take_inputs()
-        self._backward(batch, terms, loss, scale_B, calc_loss_grad)
-        self.unseen = batch.unseen()
-        self._report_unseen(layers, record)
-        self._commit(batch, accumulate, fvp)
-        self.draws += 1
+        captured = self.capture()
+        self.take(captured, step)
         if calc_inv:
-            self._invert(layers, damping)
-        return self._model_output, loss if self.is_fisher_emp or calc_loss_grad else None
+            invert(self.model, self.plan.layers, self.config.fisher_attr, damping)
+        return self._model_output, captured.loss if self.is_fisher_emp or calc_loss_grad else None
 
-    def _new_batch(
-        self,
-        layers: list[Layer],
-        record: Record,
-        num_examples: int,
-        positions: dict[nn.Module, Positions],
-        scale_A: Any,
-        fvp: bool,
-        vec: ParamVector | None,
-    ) -> Batch:
-        return Batch(
-            self.model,
-            self.plan,
-            layers,
-            record,
-            num_examples,
-            positions,
-            scale_A,
-            fvp=fvp,
-            vec=vec,
-        )
-
-    def _forward(
-        self, layers: list[Layer], has_loss: bool
-    ) -> tuple[Record, Tensor | None, list[Any]]:
+    def capture(self) -> Captured:
+        """Stage 1: call the model and the loss."""
+        self.plan.check_still_complete()
         loss, observer = None, LossObserver()
+        has_loss = self._loss_fn is not None or self._dummy_loss is not None
         # A loss given by its representation may have been computed inside of the model.
         watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
-        with recording(layers, self.plan.check_call) as record, watch:
-            record.positions.update(take_own_positions(self.model))
+        said = take_positions(self.model)
+        with recording(self.plan.layers, self.plan.check_call, positions=said) as record, watch:
             self.call_model()
         if has_loss:
             with observer:
                 loss = self.call_loss()
-        return record, loss, observer.observations
+        return Captured(
+            record,
+            self._logits,
+            loss,
+            observer.observations,
+            [self._model_args, self._model_kwargs],
+            declared_reduction(self._loss_fn, self._loss_fn_kwargs),
+        )
 
-    @full_precision()
-    def _backward(
-        self,
-        batch: Batch,
-        terms: LossTerms,
-        loss: Tensor | None,
-        scale_B: Any,
-        calc_loss_grad: bool,
-    ) -> None:
+    def take(self, captured: Captured, step: Step) -> None:
+        """Stages 2 to 6: the curvature of what was captured, and the gradient of its loss.
+
+        ``captured`` may be of a forward pass that somebody else made.
+        """
+        plan, config, layers = self.plan, self.config, self.plan.layers
+        check_captured(captured, config.fisher_type, self.plan)
+        terms = read_terms(captured, config.fisher_type, config.loss_type)
+        count = count_examples(layers, plan.layouts, captured)
+        plan.decide(terms.num_rows, count.num_logits_of_examples)
+        scale_A, scale_B = step.scales(terms, count, captured.loss is not None)
+        arranged = arrange(plan, layers, captured.record, count)
+        batch = Batch(
+            self.model,
+            plan,
+            layers,
+            captured.record,
+            arranged,
+            count.num_examples,
+            scale_A,
+            step.fvp,
+            step.vec,
+        )
+        scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
+        operate(
+            batch, captured, terms, count, self._estimate(), scale_B, with_grad=step.calc_loss_grad
+        )
+        self.unseen = batch.unseen()
+        self._unseen_report.report(layers, captured.record, self.unseen)
+        if step.fvp:
+            commit_products(batch, self.unseen, config.fvp_attr)
+        else:
+            decay = self.decay if step.accumulate else None
+            commit(batch, self.unseen, config.fisher_attr, decay)
+        self.draws += 1
+
+    def _estimate(self) -> Estimate:
         config = self.config
-        if self.is_fisher_emp:
-            assert loss is not None
-            batch.scale = scale_B * terms.sum_factor**2
-            if calc_loss_grad:
-                with batch.taking_output_grads():
-                    loss.backward()
-            else:
-                batch.take_output_grads(loss, None, retain_graph=False)
-            batch.end_of_pass()
-            return
-        if config.fisher_type == FISHER_FORWARD_ONLY:
-            batch.scale = scale_B
-            batch.identity_output_grads()
-        elif config.fisher_type == FISHER_MC:
-            generator = None
-            if config.seed is not None:
-                seed = (int(config.seed) + self.draws * _STRIDE) % 2**63
-                generator = torch.Generator(terms.logits.device).manual_seed(seed)
-            batch.scale = scale_B / config.n_mc_samples
-            for i in range(config.n_mc_samples):
-                grads = sampled_output_grads(terms, config.loss_type, config.var, generator)
-                last = i == config.n_mc_samples - 1
-                batch.take_output_grads(
-                    terms.logits, grads, retain_graph=calc_loss_grad or not last
-                )
-                batch.end_of_pass()
-        else:
-            batch.scale = scale_B
-            position, num_positions = self._positions(terms, batch)
-            for grads in exact_output_grads(
-                terms, config.loss_type, position, num_positions, config.var
-            ):
-                batch.take_output_grads(terms.logits, grads, retain_graph=True)
-                batch.end_of_pass()
-        if calc_loss_grad:
-            assert loss is not None
-            loss.backward()
-
-    # ---------------------------------------------------------------------------- reading the batch
-
-    def _declared_reduction(self) -> str | None:
-        function = self._loss_fn
-        reduction = self._loss_fn_kwargs.get("reduction", getattr(function, "reduction", None))
-        if reduction is None and isinstance(function, partial):
-            reduction = function.keywords.get(
-                "reduction", getattr(function.func, "reduction", None)
-            )
-        return reduction
-
-    def _positions(self, terms: LossTerms, batch: Batch) -> tuple[Tensor, int]:
-        """The position of every loss term within its example, and the number of positions."""
-        readings = _readings(self._logits, batch)
-        if len(readings) > 1:
-            found = [batch.crosstalk(self._logits, example) for example, _ in readings]
-            best = min(
-                range(len(found)), key=lambda i: found[i] or 0.0
-            )  # the first where nothing tells
-            readings = readings[best:]
-        example, position = readings[0]
-        of_examples = position[example.flatten() < batch.num_examples]
-        num_positions = 1 + int(of_examples.max()) if len(of_examples) else 1
-        if num_positions == 1 and terms.num_rows == len(
-            position
-        ):  # a term of each example, whatever it is made of
-            return position, num_positions
-        return positions_of_terms(terms, self._logits, position), num_positions
-
-    def _record_requires_grad(self) -> None:
-        blocks = (p for layer in self.plan.layers for p in parameters_of(layer.module))
-        for p in (*self.model.parameters(), *blocks):  # upstream's operations ask for it
-            record_original_requires_grad(p)
-
-    def _nothing_seen(self, layers: list[Layer], record: Record) -> str:
-        if record.without_graph:
-            names = ", ".join(
-                f"'{layer.name}'" for layer in layers if layer.module in record.without_graph
-            )
-            return (
-                f"Every layer ({names}) ran without an autograd graph: under no_grad, or under "
-                "reentrant activation checkpointing. For the latter use checkpoint(..., "
-                "use_reentrant=False)."
-            )
-        return (
-            f"None of the model's layers (the first is '{layers[0].name}') was called as a module, "
-            "so no curvature can be computed. Is the model that was passed to setup_model_call "
-            "another one than the gradient maker's, scripted by torch.jit, or does a fused fast "
-            "path skip its modules?"
+        return Estimate(
+            config.fisher_type,
+            config.loss_type,
+            config.var,
+            config.n_mc_samples,
+            config.seed,
+            self.draws,
         )
 
-    def _report_unseen(self, layers: list[Layer], record: Record) -> None:
-        if all(layer.module in self.unseen for layer in layers) and not record.without_graph:
-            raise RuntimeError(
-                f"None of the {len(record.calls)} layers that were called (the first is "
-                f"'{layers[0].name}') influences the logits or the loss. The loss has to be given "
-                "what setup_model_call() returned, not an output of the model; logits that are "
-                "not the model's first output are selected with setup_logits_repr()."
-            )
-        found: dict[tuple[str, str], list[str]] = {}
-        for layer in layers:
-            reason = self.unseen.get(layer.module)
-            if reason is None:
-                continue
-            if layer.module in record.without_graph and layer.module not in record.calls:
-                grads = [
-                    p for p in parameters_of(layer.module) if p.grad is not None and p.requires_grad
-                ]
-                reason = (
-                    "ran without an autograd graph (no_grad, or reentrant activation checkpointing)"
-                )
-                if grads:
-                    raise RuntimeError(
-                        f"Layer '{layer.name}' {reason}, but has a gradient. Use checkpoint(..., "
-                        "use_reentrant=False)."
-                    )
-            if layer.shape == SHAPE_FULL:
-                raise RuntimeError(
-                    f"Layer '{layer.name}' {reason}; the full Fisher needs every layer of the "
-                    "model."
-                )
-            if layer.name not in self._reported:
-                self._reported.add(layer.name)
-                remedy = "Leave it out with ignore_modules to silence this."
-                if self.plan.is_in_attention(layer.name):
-                    remedy = "The projections of nn.MultiheadAttention are not called: use convert(model)."
-                found.setdefault((reason, remedy), []).append(layer.name)
-        for (reason, remedy), names in found.items():
-            listed = ", ".join(f"'{name}'" for name in names[:8]) + (
-                ", ..." if len(names) > 8 else ""
-            )
-            which = (
-                f"Layer {listed}" if len(names) == 1 else f"{len(names)} layers ({listed}): each"
-            )
-            warn(
-                f"{which} {reason} in this step; its gradient is not preconditioned where that "
-                f"happens. {remedy}"
-            )
 
-    # ---------------------------------------------------------------------------------- the results
-
-    @full_precision()
-    def _commit(self, batch: Batch, accumulate: bool, fvp: bool) -> None:
-        """Make the batch's matrices the modules' own, all or none."""
-        attr = self.config.fvp_attr if fvp else self.config.fisher_attr
-        results: list[tuple[nn.Module, Any]] = []
-        context = batch.context
-        for layer in batch.layers:
-            if layer.module in self.unseen:
-                continue
-            if fvp:
-                results.append((layer.module, context.cvp_paramvector(layer.module, pop=True)))
-            else:
-                results.append((layer.module, context.cov_symmatrix(layer.module, pop=True)))
-        full = context.full_cvp_paramvector if fvp else context.full_cov_symmatrix
-        results.append((self.model, full(self.model, pop=True)))
-        results = [(module, result) for module, result in results if result is not None]
-        if not fvp:
-            results = [(module, corrected(matrix)) for module, matrix in results]
-            for module, matrix in results:
-                matrix.trained = trained(module)
-            self._check_finite(results, batch)
-        if accumulate and not fvp:
-            merged = []
-            shared = shared_tensors(new for _, new in results)
-            for module, new in results:
-                old = getattr(module, attr, None)
-                if old is not None and is_of(
-                    old, module
-                ):  # else the layer was frozen or unfrozen: a new average
-                    new = merge(new, old, self.decay, shared)
-                merged.append((module, new))
-            results = merged
-        else:
-            self.zero_fisher(fvp=fvp)
-        for module, result in results:
-            setattr(module, attr, result)
-
-    def _check_finite(self, results: list[tuple[nn.Module, SymMatrix]], batch: Batch) -> None:
-        sums = [(module, tensor.sum()) for module, matrix in results for tensor in tensors(matrix)]
-        if sums and bool(torch.isfinite(torch.stack([s.double() for _, s in sums])).all()):
-            return
-        for module, value in sums:
-            if not bool(torch.isfinite(value)):
-                name = next((layer.name for layer in batch.layers if layer.module is module), "")
-                raise FloatingPointError(
-                    f"Layer '{name}': its curvature is not finite; nothing was updated. Either the "
-                    "batch has such values, or training has diverged: lower the learning rate or "
-                    "raise damping."
-                )
-
-    @full_precision()
-    def _invert(self, layers: list[Layer], damping: float | None) -> None:
-        modules = [(layer.name, layer.module) for layer in layers] + [("", self.model)]
-        attr = self.config.fisher_attr
-        share_inverses(
-            (module, matrix)
-            for _, module in modules
-            if (matrix := getattr(module, attr, None)) is not None
-        )
-        for name, module in modules:
-            matrix = getattr(module, self.config.fisher_attr, None)
-            if matrix is None:
-                continue
-            try:
-                matrix.update_inv(damping, replace=True)
-            except torch.linalg.LinAlgError as error:
-                raise torch.linalg.LinAlgError(
-                    f"Layer '{name}': its curvature plus damping {damping} is not positive "
-                    f"definite. ({error})"
-                ) from error
+def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> str | None:
+    """What a loss function, called with these keyword arguments, says of its reduction."""
+    reduction = (kwargs or {}).get("reduction", getattr(function, "reduction", None))
+    if reduction is None and isinstance(function, partial):
+        inner = getattr(function.func, "reduction", None)
+        return function.keywords.get("reduction", inner)
+    return reduction
 
 
-def count_examples(
-    plan: Plan, record: Record, logits: Tensor, args: Any, kwargs: Any
-) -> tuple[int, dict[nn.Module, Positions]]:
-    """N of the batch that was recorded, and what was said of the positions of the layers' modules.
+def read_terms(captured: Captured, fisher_type: str, loss_type: str | None) -> LossTerms:
+    """Stage 2: what the loss is made of.
 
-    Args:
-        args, kwargs: those of the model.
+    Raises a ValueError for a loss of another type, and for one without a Fisher of that type.
     """
-    positions: dict[nn.Module, Positions] = {}
-    for layer in plan.layers:
-        for module in layer.modules if layer.module in record.calls else ():
-            said = record.positions.get(module) or positions_of(module)
-            if said is not None:
-                positions[module] = said
-    if positions:
-        return _agreed_num_examples(plan.layers, positions, logits)
-    book = plan.layouts
-    declared = [
-        call.unmodified_input(layer.name)
-        for layer in plan.layers
-        if book.rule.get(layer.module, book.declared.get(layer.module)) == SEQUENCE_FIRST
-        for call in record.calls.get(layer.module, ())
-    ]
-    sequence_first = next((tuple(x.shape[:-1]) for x in declared if x.ndim > 2), None)
-    return infer_num_examples(
-        logits.shape[:-1] or logits.shape, leading_sizes([args, kwargs]), sequence_first
-    ), {}
-
-
-def _readings(logits: Tensor, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """The example of each row of the logits, and its position there, in the ways that fit; the
-    likeliest first.
-
-    Examples are of the sizes of the logits without classes, N for padding; positions are flat.
-    """
-    sizes, n = logits.shape[:-1] or logits.shape, batch.num_examples
-    rows = sizes.numel()
-    # Rows of the logits that are one for each example come first: there may be as many nodes.
-    parts = [
-        part
-        for said in batch.positions.values()
-        for role, part in said.roles.items()
-        if role == GRAPH
-    ]
-    parts += [part for said in batch.positions.values() for part in said.roles.values()]
-    ragged: list[Segments] = []
-    for part in parts:
-        if len(part) == rows and not any(part is other or part.equals(other) for other in ragged):
-            ragged.append(part)
-    if ragged:
-        return [(part.index.view(sizes), part.rank()) for part in ragged]
-    ids = torch.arange(rows, device=logits.device)
-    inner = sizes[2:].numel()
-    readings = []
-    if sizes[0] % n == 0:
-        readings.append((ids // (rows // n), ids % (rows // n)))
-    if fits(SEQUENCE_FIRST, sizes, n) and rows > n:
-        outer = ids // inner if len(sizes) > 1 else ids
-        readings.append((outer % n, outer // n * inner + ids % inner))
-        if len(sizes) > 1 and sizes[0] != n:
-            readings.reverse()
-    if not readings:
-        raise ValueError(f"Logits of sizes {tuple(logits.shape)} do not hold {n} examples.")
-    return [(example.view(sizes), position) for example, position in readings]
-
-
-def _num_logits_of_examples(positions: dict[nn.Module, Positions], num_examples: int) -> int:
-    """How many rows the logits have if there is one for each example: those of padding graphs are
-    among them.
-    """
-    return max(
-        (len(said.roles[GRAPH]) for said in positions.values() if GRAPH in said.roles),
-        default=num_examples,
+    terms = read_loss(
+        captured.loss,
+        list(captured.observations),
+        captured.logits,
+        None if fisher_type == FISHER_EMP else loss_type,
+        captured.reduction,
     )
-
-
-def _agreed_num_examples(
-    layers: list[Layer], positions: dict[nn.Module, Positions], logits: Tensor
-) -> tuple[int, dict[nn.Module, Positions]]:
-    """N as all that was said of the layers' positions has it."""
-    counts = {said.num_examples for said in positions.values()}
-    if len(counts) > 1:
-        names = {
-            said.num_examples: layer.name
-            for layer in layers
-            for module in layer.modules
-            if (said := positions.get(module)) is not None
-        }
+    if terms.has_negative and fisher_type in (FISHER_EXACT, FISHER_MC):
         raise ValueError(
-            "The layers' segments are of different numbers of examples: "
-            + ", ".join(f"{count} at '{name}'" for count, name in sorted(names.items()))
-            + "."
+            "The loss weighs terms negatively, as advantages do, so its curvature need not be "
+            "positive. Use fisher_type='fisher_emp', the second moment of its gradients."
         )
-    num_examples = counts.pop()
-    if (
-        all(said.is_inferred for said in positions.values())
-        and logits.ndim == 2
-        and logits.shape[0] > num_examples
-    ):
-        lengths = {len(part) for said in positions.values() for part in said.roles.values()}
-        if logits.shape[0] not in lengths - {num_examples}:  # the last examples have no rows
-            num_examples = logits.shape[0]
-            completed = {
-                id(said): said.with_num_examples(num_examples) for said in positions.values()
-            }
-            positions = {module: completed[id(said)] for module, said in positions.items()}
-    return num_examples, positions
+    return terms
+
+
+def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:
+    """Raise an error if there is nothing in what was captured to compute the curvature of."""
+    logits = captured.logits
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The logits have to be a tensor, got {type(logits).__name__}. Select them with "
+            "setup_logits_repr."
+        )
+    check_batch(logits, captured.loss)
+    check_any_called(plan.layers, captured.record)
+    if not logits.requires_grad and fisher_type in (FISHER_EXACT, FISHER_MC):
+        raise RuntimeError(
+            f"The logits, of sizes {tuple(logits.shape)}, do not depend on any parameter that "
+            "requires a gradient. If another of the model's outputs are the logits, select "
+            "them with setup_logits_repr."
+        )
 
 
 def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFisherMaker | None:

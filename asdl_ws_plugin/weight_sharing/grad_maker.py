@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,7 @@ class WeightSharing(NaturalGradientMaker):
     """Mixed into a natural-gradient maker that was given ``shared_dim``."""
 
     fisher_maker: WeightSharingFisherMaker
+    _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
 
     # --------------------------------------------------------------------------------- what is read
@@ -424,9 +426,17 @@ def weight_sharing_class(maker_class: type[NaturalGradientMaker]) -> type[Weight
         {
             "__doc__": maker_class.__doc__,
             "__module__": maker_class.__module__,
-            "_supported_classes": property(lambda self: supported_classes()),
         },
     )
+
+
+# Upstream's schedule never meets a step that is no multiple of a fraction, and says nothing.
+_WHOLE_NUMBERS = {
+    "curvature_upd_interval": 1,
+    "preconditioner_upd_interval": 1,
+    "curvature_warmup_steps": 0,
+    "preconditioner_warmup_steps": 0,
+}
 
 
 def check(maker: WeightSharing) -> None:
@@ -434,16 +444,17 @@ def check(maker: WeightSharing) -> None:
     no sense.
     """
     config = maker.config
-    if config.damping < 0:
-        raise ValueError(f"damping has to be at least 0, got {config.damping!r}.")
+    if not (math.isfinite(config.damping) and config.damping >= 0):
+        raise ValueError(f"damping has to be a finite number, at least 0, got {config.damping}.")
+    if not (math.isfinite(maker.scale) and maker.scale > 0):
+        raise ValueError(f"scale has to be a finite number above 0, got {maker.scale}.")
     check_data_size(config.data_size)
     if maker.do_accumulate and not 0 < config.ema_decay <= 1:
-        raise ValueError(
-            f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay!r}."
-        )
-    for name in ("curvature_upd_interval", "preconditioner_upd_interval"):
-        if (interval := getattr(config, name)) is not None and interval < 1:
-            raise ValueError(f"{name} has to be at least 1, got {interval!r}.")
+        raise ValueError(f"ema_decay weighs the new curvature, in (0, 1]; got {config.ema_decay}.")
+    for name, least in _WHOLE_NUMBERS.items():
+        value = getattr(config, name)
+        if value is not None and not (value >= least and float(value).is_integer()):
+            raise ValueError(f"{name} has to be a whole number, at least {least}, got {value}.")
     if maker.world_size > 1 and not maker.do_accumulate and not _KEEPS_RANKS_IN_STEP:
         raise NotImplementedError(
             "Distributed training needs the moving average: without it ASDL averages the owner's "

@@ -1,4 +1,4 @@
-"""Which dimension of a layer's tensor is the batch, and how many examples there are.
+"""Which dimension of a layer's tensor is the batch.
 
 There are two layouts. *Batch first* is ``(N·k, *, P)``: examples outermost, with positions merged
 into the batch or not (the windows of a Swin Transformer, a decoder that flattens). *Sequence first*
@@ -10,22 +10,24 @@ of a batch that only one layout fits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ._warn import warn
+from .errors import LayerError
 from .ragged import Segments
-from .rules import BATCH_FIRST, SEQUENCE_FIRST
+from .rules import BATCH_FIRST, LAYOUTS, SEQUENCE_FIRST
 
 __all__ = [
+    "Finding",
     "LayoutBook",
     "declared_layout",
     "examples_first",
+    "find_layout",
+    "find_role",
     "fits",
-    "infer_num_examples",
-    "leading_sizes",
 ]
 
 
@@ -37,9 +39,8 @@ def declared_layout(model: nn.Module, name: str) -> str | None:
     for depth in range(len(path), -1, -1):
         module = model.get_submodule(".".join(path[:depth]))
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
-            module = module.layers[
-                0
-            ]  # what a stack has beside its layers, as its last norm, has their layout
+            # What a stack has beside its layers, as its last norm, has their layout.
+            module = module.layers[0]
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             module = module.self_attn  # torch keeps the option of the whole layer there
         batch_first = getattr(module, "batch_first", None)
@@ -48,20 +49,17 @@ def declared_layout(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def fits(layout: str, shape: Sequence[int], num_examples: int) -> bool:
+def fits(layout: str, sizes: Sequence[int], num_examples: int) -> bool:
     """Whether a tensor ``(*sizes, features)`` of these leading sizes can hold that many examples in
     that layout.
     """
     if layout == BATCH_FIRST:
-        return shape[0] % num_examples == 0
-    return shape[1] == num_examples if len(shape) > 1 else shape[0] % num_examples == 0
+        return sizes[0] % num_examples == 0
+    return sizes[1] == num_examples if len(sizes) > 1 else sizes[0] % num_examples == 0
 
 
-def examples_first(x: Tensor, num_examples: int, layout: str, num_feature_dims: int = 1) -> Tensor:
-    """``(N·k, *, features)`` or ``(R, N, *, features)`` to ``(N, R, features)``; a view wherever
-    one exists.
-    """
-    x = x.flatten(-num_feature_dims) if num_feature_dims > 1 else x
+def examples_first(x: Tensor, num_examples: int, layout: str) -> Tensor:
+    """``(N·k, *, P)`` or ``(R, N, *, P)`` to ``(N, R, P)``; a view wherever one exists."""
     features = x.shape[-1]
     if layout == BATCH_FIRST:
         return x.reshape(num_examples, -1, features)
@@ -70,9 +68,37 @@ def examples_first(x: Tensor, num_examples: int, layout: str, num_feature_dims: 
     return x.transpose(0, 1).reshape(num_examples, -1, features)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What the sizes of one call say.
+
+    Attributes:
+        layout: the layer's.
+        settles: whether later batches have to agree.
+        is_assumed: the other layout fits as well.
+        is_merged: rows without a dimension for the positions were read as positions merged into
+            the batch, for their number alone.
+        leading: the first size, where the other dimensions show what it stands for.
+        role: of ragged rows, the only role that has so many; empty otherwise.
+    """
+
+    layout: str = BATCH_FIRST
+    settles: bool = False
+    is_assumed: bool = False
+    is_merged: bool = False
+    leading: int | None = None
+    role: str = ""
+
+
 class LayoutBook:
     """The layouts of one model's layers: those that rules and modules declare, and those that
     batches settled.
+
+    Attributes:
+        rule, declared, settled: module -> layout.
+        roles: (module, number of the call) -> the role of its rows.
+        is_graph: rows of graphs are never read as a fixed number of positions.
+        num_terms: how many terms the last loss had.
     """
 
     def __init__(self) -> None:
@@ -80,117 +106,31 @@ class LayoutBook:
         self.declared: dict[nn.Module, str] = {}
         self.settled: dict[nn.Module, str] = {}
         self.roles: dict[tuple[nn.Module, int], str] = {}
-        self.is_graph = False  # rows of graphs are never read as a fixed number of positions
+        self.is_graph = False
         self.num_terms: int | None = None
         self._assumed: list[tuple[str, tuple[int, ...]]] = []
         self._merged: dict[nn.Module, tuple[str, int]] = {}
-        self._evident: set[int] = (
-            set()
-        )  # leading sizes of layers whose other dimensions show that positions are merged
+        self._evident: set[int] = set()  # first sizes of layers whose others show what they are
         self._reported_merged = False
 
-    def resolve(self, name: str, module: nn.Module, shape: Sequence[int], num_examples: int) -> str:
-        """The layout of a layer's tensor of these leading sizes (features left out).
+    def given(self, module: nn.Module) -> str | None:
+        """The layout that a rule gives a module, or the modules around it."""
+        return self.rule.get(module, self.declared.get(module))
 
-        Settles it if this batch determines it. Raises a ValueError if no layout fits, or not the
-        settled one.
-        """
-        settled = self.rule.get(module) or self.settled.get(module)
-        if settled is not None:
-            if not fits(settled, shape, num_examples):
-                origin = "by its rule" if module in self.rule else "as earlier batches showed"
-                raise ValueError(
-                    f"Layer '{name}': its input is {settled} {origin}, but leading sizes "
-                    f"{tuple(shape)} do not hold {num_examples} examples that way. {_remedy(name)}"
-                )
-            return settled
-        candidates = [
-            layout for layout in (BATCH_FIRST, SEQUENCE_FIRST) if fits(layout, shape, num_examples)
-        ]
-        if (
-            len(shape) == 1
-        ):  # rows without a dimension of their own for the positions: the modules around decide
-            candidates = candidates[:1]
-        if not candidates:
-            raise ValueError(
-                f"Layer '{name}': none of the leading sizes {tuple(shape)} of its input matches "
-                f"the {num_examples} examples of the batch. {_remedy(name, shape)}"
-            )
-        if len(shape) == 1 and shape[0] != num_examples and module not in self.declared:
-            if self.is_graph:
-                raise ValueError(
-                    f"Layer '{name}': it is not known which of the {num_examples} examples each of "
-                    f"its {shape[0]} rows belongs to. {_remedy(name, shape)}"
-                )
-            self._merged[module] = name, shape[0]
-        if len(shape) > 1:
-            self.note_leading(shape[0])
-        declared = self.declared.get(module)
-        if declared in candidates or (declared is not None and len(shape) == 1 and candidates):
-            self.settled[module] = declared
-            return declared
-        if len(candidates) == 1:
-            # (N, P) has no positions and (N·k, P) may be either: only a dimension of its own tells
-            # something.
-            if len(shape) > 1 and num_examples > 1:
-                self.settled[module] = candidates[0]
-        elif num_examples > 1:
-            self.settled[module] = BATCH_FIRST
-            self._assumed.append((name, tuple(shape)))
-        return candidates[0]
-
-    def resolve_role(
-        self,
-        name: str,
-        module: nn.Module,
-        call: int,
-        num_rows: int,
-        roles: Mapping[str, Segments],
-        device: torch.device | None = None,
-    ) -> Segments:
-        """The segments of the rows of a layer's ``call``-th call: by its role, or by the number of
-        its rows.
-
-        Raises a ValueError if the role was not given, no role has that many rows, or several have;
-        or if the index is on another device than the rows.
-        """
-        elsewhere = next(
-            (part.device for part in roles.values() if device not in (None, part.device)), None
-        )
-        if elsewhere is not None:
-            raise ValueError(
-                f"Layer '{name}': its input is on {device}, but the index of its rows on "
-                f"{elsewhere}. Move the index to {device}."
-            )
-        known = ", ".join(f"'{role}' with {len(part)} rows" for role, part in roles.items())
-        role = str(getattr(module, "role", None) or "")
-        if role and role not in roles:
-            raise ValueError(
-                f"Layer '{name}' has the role '{role}', which was not given; there are {known}."
-            )
-        role = role or self.roles.get((module, call), "")
-        if role in roles:
-            if len(roles[role]) != num_rows:
-                raise ValueError(
-                    f"Layer '{name}': its input has {num_rows} rows, but its role '{role}' has "
-                    f"{len(roles[role])}. {_other_rows(name)}"
-                )
-            return roles[role]
-        fitting = [role for role, part in roles.items() if len(part) == num_rows]
-        if not fitting:
-            raise ValueError(
-                f"Layer '{name}': its input has {num_rows} rows, but there are {known}. "
-                f"{_other_rows(name)}"
-            )
-        if any(not roles[fitting[0]].equals(roles[role]) for role in fitting[1:]):
-            raise ValueError(
-                f"Layer '{name}': its {num_rows} rows fit the roles "
-                f"{', '.join(map(repr, fitting))}. Give the layer its role, as in convert(model, "
-                f"roles=[('{name}', '{fitting[0]}')])."
-            )
-        if len(fitting) == 1:
-            self.roles[module, call] = fitting[0]
-        return roles[fitting[0]]
+    def note(
+        self, name: str, module: nn.Module, call: int, sizes: Sequence[int], finding: Finding
+    ) -> None:
+        """Keep what was found of a module's ``call``-th call."""
+        if finding.role:
+            self.roles[module, call] = finding.role
+        if finding.settles:
+            self.settled[module] = finding.layout
+        if finding.is_assumed:
+            self._assumed.append((name, tuple(sizes)))
+        if finding.is_merged:
+            self._merged[module] = name, sizes[0]
+        if finding.leading is not None:
+            self._evident.add(finding.leading)
 
     def remember(self) -> Callable[[], None]:
         """A function that takes back what was settled after now."""
@@ -202,25 +142,21 @@ class LayoutBook:
 
         return restore
 
-    def report_assumed(self, num_examples: int) -> None:
+    def report(self, num_examples: int) -> None:
         """Warn, once for a batch, of the layers whose layout was assumed since the last call."""
         self._report_merged(num_examples)
         if not self._assumed:
             return
-        name, shape = self._assumed[0]
+        name, sizes = self._assumed[0]
         others = (
             f" (as for {len(self._assumed) - 1} other layers)" if len(self._assumed) > 1 else ""
         )
         self._assumed.clear()
         warn(
-            f"Layer '{name}': its input's leading sizes {shape} fit {num_examples} examples both "
+            f"Layer '{name}': its input's leading sizes {sizes} fit {num_examples} examples both "
             f"batch first and sequence first{others}. Batch first is assumed; a rule in "
             f"shared_dim says so, or the other, as in ('{name}', 'sequence_first').",
         )
-
-    def note_leading(self, size: int) -> None:
-        """Take a layer's first size as evidence of what other layers' rows are."""
-        self._evident.add(size)
 
     def _report_merged(self, num_examples: int) -> None:
         """Warn, once, of rows that were read as positions merged into the batch for their number
@@ -240,6 +176,112 @@ class LayoutBook:
             )
 
 
+def find_layout(
+    name: str, module: nn.Module, sizes: Sequence[int], num_examples: int, book: LayoutBook
+) -> Finding:
+    """The layout of a layer's tensor of these leading sizes (features left out).
+
+    Raises a LayerError if no layout fits, or not the settled one.
+    """
+    settled = book.rule.get(module) or book.settled.get(module)
+    if settled is not None:
+        if not fits(settled, sizes, num_examples):
+            origin = "by its rule" if module in book.rule else "as earlier batches showed"
+            raise LayerError(
+                name,
+                f"its input is {settled} {origin}, but leading sizes {tuple(sizes)} do not hold "
+                f"{num_examples} examples that way",
+                _remedy(name),
+            )
+        return Finding(settled)
+    candidates = [layout for layout in LAYOUTS if fits(layout, sizes, num_examples)]
+    if not candidates:
+        raise LayerError(
+            name,
+            f"none of the leading sizes {tuple(sizes)} of its input matches the {num_examples} "
+            "examples of the batch",
+            _remedy(name, sizes),
+        )
+    declared = book.declared.get(module)
+    if len(sizes) == 1:
+        return _layout_of_rows(name, sizes[0], num_examples, declared, book.is_graph)
+    leading = sizes[0]
+    if declared in candidates:
+        return Finding(declared, settles=True, leading=leading)
+    if len(candidates) == 1 or num_examples == 1:
+        return Finding(candidates[0], settles=num_examples > 1, leading=leading)
+    return Finding(BATCH_FIRST, settles=True, is_assumed=True, leading=leading)
+
+
+def _layout_of_rows(
+    name: str, num_rows: int, num_examples: int, declared: str | None, is_graph: bool
+) -> Finding:
+    """The layout of rows without a dimension of their own for the positions: the modules around
+    decide. ``(N, P)`` has no positions and ``(N·k, P)`` may be either, so nothing is settled.
+    """
+    if declared is not None:
+        return Finding(declared, settles=True)
+    if num_rows != num_examples and is_graph:
+        raise LayerError(
+            name,
+            f"it is not known which of the {num_examples} examples each of its {num_rows} rows "
+            "belongs to",
+            _remedy(name, (num_rows,)),
+        )
+    return Finding(BATCH_FIRST, is_merged=num_rows != num_examples)
+
+
+def find_role(
+    name: str,
+    module: nn.Module,
+    call: int,
+    num_rows: int,
+    roles: Mapping[str, Segments],
+    book: LayoutBook,
+    device: torch.device | None = None,
+) -> tuple[Segments, str]:
+    """The segments of the rows of a layer's ``call``-th call, by its role or by the number of its
+    rows; and the role, where that number settles it.
+
+    Raises a LayerError if the role was not given, no role has that many rows, or several have; or
+    if the index is on another device than the rows.
+    """
+    elsewhere = next(
+        (part.device for part in roles.values() if device not in (None, part.device)), None
+    )
+    if elsewhere is not None:
+        raise LayerError(
+            name,
+            f"its input is on {device}, but the index of its rows on {elsewhere}",
+            f"Move the index to {device}.",
+        )
+    known = ", ".join(f"'{role}' with {len(part)} rows" for role, part in roles.items())
+    role = str(getattr(module, "role", None) or "")
+    if role and role not in roles:
+        raise LayerError(name, f"has the role '{role}', which was not given; there are {known}")
+    role = role or book.roles.get((module, call), "")
+    if role in roles:
+        if len(roles[role]) != num_rows:
+            raise LayerError(
+                name,
+                f"its input has {num_rows} rows, but its role '{role}' has {len(roles[role])}",
+                _other_rows(name),
+            )
+        return roles[role], ""
+    fitting = [role for role, part in roles.items() if len(part) == num_rows]
+    if not fitting:
+        raise LayerError(
+            name, f"its input has {num_rows} rows, but there are {known}", _other_rows(name)
+        )
+    if any(not roles[fitting[0]].equals(roles[role]) for role in fitting[1:]):
+        raise LayerError(
+            name,
+            f"its {num_rows} rows fit the roles {', '.join(map(repr, fitting))}",
+            f"Give the layer its role, as in convert(model, roles=[('{name}', '{fitting[0]}')]).",
+        )
+    return roles[fitting[0]], fitting[0] if len(fitting) == 1 else ""
+
+
 def _other_rows(name: str) -> str:
     return (
         "Are the segments those of an earlier batch? If these are rows of another kind, as edges "
@@ -248,8 +290,8 @@ def _other_rows(name: str) -> str:
     )
 
 
-def _remedy(name: str, shape: Sequence[int] = (0, 0)) -> str:
-    if len(shape) == 1:
+def _remedy(name: str, sizes: Sequence[int] = (0, 0)) -> str:
+    if len(sizes) == 1:
         return (
             "If examples have different numbers of rows, as graphs do, say which example each row "
             "belongs to: with segments(model, ...) or attach_segments(model). Or leave the layer "
@@ -259,44 +301,3 @@ def _remedy(name: str, shape: Sequence[int] = (0, 0)) -> str:
         f"Give its layout by a rule in shared_dim, as in ('{name}', 'reduce', 'sequence_first'), "
         f"or leave the layer to the first-order optimizer with ignore_modules=['{name}']."
     )
-
-
-def leading_sizes(value: Any) -> tuple[int, ...] | None:
-    """The sizes of the first tensor with at least one dimension in a nest of arguments; ``None`` if
-    there is none.
-    """
-    if isinstance(value, Tensor):
-        return tuple(value.shape) if value.ndim else None
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return next((sizes for item in value if (sizes := leading_sizes(item))), None)
-    return None
-
-
-def infer_num_examples(
-    logits_sizes: Sequence[int],
-    input_sizes: Sequence[int] | None,
-    sequence_first_sizes: Sequence[int] | None,
-) -> int:
-    """The number of examples of a batch.
-
-    Args:
-        logits_sizes: the sizes of the logits without classes: ``(N,)``, ``(N, *)``, ``(R, N, *)``
-            or ``(N·R,)``.
-        input_sizes: the sizes of the model's first tensor argument, if it has one.
-        sequence_first_sizes: the leading sizes ``(R, N, ...)`` of a layer that is declared sequence
-            first.
-    """
-    first = logits_sizes[0]
-    if sequence_first_sizes is not None and len(sequence_first_sizes) > 1:
-        candidate = sequence_first_sizes[1]
-        if candidate in logits_sizes[:2] or first % candidate == 0:
-            return candidate
-    if len(logits_sizes) > 1 or input_sizes is None:
-        return first
-    if (
-        0 < input_sizes[0] < first and first % input_sizes[0] == 0
-    ):  # a loss term for every position, flattened
-        return input_sizes[0]
-    return first

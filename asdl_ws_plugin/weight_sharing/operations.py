@@ -5,9 +5,12 @@ convolution also the image ``(N, C, H, W)``, a normalization layer its input in 
 returns sums over the examples, which ASDL multiplies with its scale. An example's gradient is the
 sum over its positions in every shape but ``kron``, where ``expand`` and ``reduce`` are two
 approximations of it.
+
+:class:`WeightSharingOperation` is what the stages may ask of any operation. One that is not of this
+package, a user's, gets what it lacks by :func:`completed`.
 """
 
-# mypy: disable-error-code="override,attr-defined"
+# mypy: disable-error-code="override,attr-defined,misc"
 # ASDL calls these methods on an instance and declares them static, or the other way round.
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from asdl import operations as upstream
 from torch import Tensor, nn
 
 from . import factors
+from .errors import LayerError, LayerFault, LayerRuntimeError
+from .names import OURS
 from .ragged import Ragged
 from .registry import ANY_STRATEGY, register_operation
 
@@ -31,20 +36,46 @@ __all__ = [
     "LayerNorm",
     "LinearExpand",
     "LinearReduce",
+    "WeightSharingOperation",
+    "completed",
 ]
 
 EXPAND, REDUCE = "expand", "reduce"
 
 
-class _SumOverPositions:
+class WeightSharingOperation:
+    """What the stages ask of an operation, beside ASDL's own methods, with defaults.
+
+    Attributes:
+        layer_name: of the layer, for messages.
+        shares_A: layers of this operation that saw the same input have the same A.
+    """
+
+    layer_name = ""
+    shares_A = False
+
+    @staticmethod
+    def num_feature_dims(module: Any) -> int:
+        """How many trailing dimensions of the layer's tensors are features."""
+        return 1
+
+    def prepare_in_data(self, module: Any, in_data: Tensor) -> Tensor:
+        """The input before it is arranged, ``(*, P)``."""
+        return in_data
+
+    def ragged_in_data(self, in_data: Tensor, ragged: Ragged) -> tuple[Tensor, float]:
+        """``(N, R, P)`` of what is ragged, and a factor for A."""
+        return ragged.pad(in_data), 1.0
+
+    def ragged_out_grads(self, out_grads: Tensor, ragged: Ragged) -> Tensor:
+        """``(N, R, Q)`` of what is ragged."""
+        return ragged.pad(out_grads)
+
+
+class _SumOverPositions(WeightSharingOperation):
     """What does not depend on the approximation: everything that is made of the examples'
     gradients.
     """
-
-    # Number of trailing dimensions of the layer's tensors that are features.
-    @staticmethod
-    def num_feature_dims(module: Any) -> int:
-        return 1
 
     def _only_kron(self) -> bool:
         """Whether nothing is asked for that is made of the examples' gradients."""
@@ -166,9 +197,13 @@ class _Reduce:
 class LinearExpand(_Expand, _SumOverPositions, upstream.Linear):
     """K-FAC-expand for ``nn.Linear``. in_data: ``N x R x f_in``; out_grads: ``N x R x f_out``."""
 
+    shares_A = True
+
 
 class LinearReduce(_Reduce, _SumOverPositions, upstream.Linear):
     """K-FAC-reduce for ``nn.Linear``. in_data: ``N x R x f_in``; out_grads: ``N x R x f_out``."""
+
+    shares_A = True
 
 
 class _Conv2d(_SumOverPositions, upstream.Conv2d):
@@ -330,6 +365,85 @@ class Embedding(_SumOverPositions, upstream.Embedding):
         for ids, grads in zip(in_data.split(1), out_grads.split(1), strict=True):
             total += self.batch_grads_weight(module, ids, grads)[0].square()
         return total
+
+
+# ------------------------------------------------------------------------------- those of the user
+
+
+class _Foreign:
+    """Goes before a user's operation: says which layer it failed for, and on what."""
+
+    shares_A = False
+
+    def forward_post_process(self, in_data: Tensor, out_data: Any) -> None:
+        try:
+            super().forward_post_process(in_data, out_data)
+        except Exception as error:
+            self._name_layer(error, "in_data", in_data)
+            raise
+
+    def backward_pre_process(self, out_grads: Tensor, vector: Any = None) -> None:
+        try:
+            super().backward_pre_process(out_grads, vector)
+        except Exception as error:
+            self._name_layer(error, "out_grads", out_grads)
+            raise
+
+    def _name_layer(self, error: Exception, what: str, data: Tensor) -> None:
+        if not isinstance(error, LayerFault):
+            raise LayerRuntimeError(
+                self.layer_name,
+                f"{type(self).__name__} failed with {what} of sizes {tuple(data.shape)}: "
+                f"{type(error).__name__}: {error}",
+            ) from error
+
+
+class _ForeignKron(_Foreign):
+    """Of a layer whose factors have known sizes: looks at what the user's operation returns.
+
+    Upstream scales a factor in place, so it must not be a view of something else.
+    """
+
+    def cov_kron_A(self, module: Any, in_data: Tensor) -> Tensor:
+        return self._checked("cov_kron_A", module.weight[0].numel(), module, in_data)
+
+    def cov_kron_B(self, module: Any, out_grads: Tensor) -> Tensor:
+        return self._checked("cov_kron_B", module.weight.shape[0], module, out_grads)
+
+    def _checked(self, name: str, size: int, module: Any, data: Tensor) -> Tensor:
+        method = getattr(super(), name)
+        matrix = method(module, data)
+        is_view = matrix.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
+        if matrix.shape != (size, size) or is_view:
+            raise LayerError(
+                self.layer_name,
+                f"{method.__qualname__} has to return a new matrix of sizes ({size}, {size}), got "
+                f"{'a view of its argument' if is_view else tuple(matrix.shape)}",
+            )
+        return matrix
+
+
+_completed: dict[tuple[Any, type[nn.Module]], Any] = {}
+
+
+def completed(operation: Any, module_class: type[nn.Module]) -> Any:
+    """The operation itself if it is of this package; a subclass of a user's with what it lacks.
+
+    Args:
+        operation: a subclass of ``asdl.Operation``.
+        module_class: the class of the layer that it is for.
+    """
+    if operation.__module__.startswith(OURS):
+        return operation
+    key = operation, module_class
+    if key not in _completed:
+        has_factors = issubclass(module_class, (nn.Linear, nn.Conv2d))
+        bases: tuple[Any, ...] = (_ForeignKron if has_factors else _Foreign, operation)
+        if not issubclass(operation, WeightSharingOperation):
+            bases = (*bases, WeightSharingOperation)
+        names = {"__module__": operation.__module__, "__qualname__": operation.__qualname__}
+        _completed[key] = type(operation.__name__, bases, names)
+    return _completed[key]
 
 
 def register_all() -> None:

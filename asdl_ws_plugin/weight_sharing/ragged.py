@@ -126,6 +126,11 @@ class Segments(Ragged):
         TypeError: index, ptr or mask are of the wrong dtype, or not exactly one of index and ptr is
             given.
         ValueError: wrong sizes, negative or out-of-range indices, a ptr that decreases.
+
+    >>> from asdl_ws_plugin import Segments
+    >>> segments = Segments(torch.tensor([0, 0, 1, 0]), num_examples=3)  # the third has no rows
+    >>> segments.counts()
+    tensor([3, 1, 0])
     """
 
     def __init__(

@@ -727,7 +727,7 @@ def test_warnings_point_at_the_users_line():
         "calls none of torch's",
     ):
         (found,) = (w for w in caught if message in str(w.message))
-        assert Path(found.filename).parent == Path(__file__).parent, message
+        assert Path(__file__).parents[1] in Path(found.filename).parents, message
 
 
 def test_an_input_modified_in_place_is_refused():

@@ -4,6 +4,7 @@ exact.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from asdl_ws_plugin.upstream import is_native
 make_importable()  # torchmetrics, which laplace-torch needs, looks for torchvision
 laplace = pytest.importorskip("laplace")
 curvature = pytest.importorskip("laplace.curvature")
+backends = pytest.importorskip("asdl_ws_plugin.laplace")
 
 pytestmark = pytest.mark.usefixtures("double")
 N, R, D, C = 12, 5, 3, 2
@@ -44,6 +46,7 @@ def fit(
     structure: str,
     x: torch.Tensor,
     y: torch.Tensor,
+    backend: Any = None,
     **options: Any,
 ) -> Any:
     approximation = laplace.Laplace(
@@ -51,7 +54,7 @@ def fit(
         likelihood,
         subset_of_weights="all",
         hessian_structure=structure,
-        backend=curvature.AsdlGGN,
+        backend=backend or curvature.AsdlGGN,
         asdl_fisher_kwargs=options,
     )
     approximation.fit(DataLoader(TensorDataset(x, y), batch_size=BATCH))
@@ -136,3 +139,82 @@ def test_layers_without_kronecker_factors_are_frozen_first() -> None:
     probs = posterior(x)
     assert probs.shape == (N, C)
     torch.testing.assert_close(probs.sum(-1), torch.ones(N))
+
+
+# ------------------------------------------------------------------------------ the backends of ours
+
+
+def a_backend(name: str, model: nn.Module, likelihood: str) -> Any:
+    model.output_size = C  # type: ignore[assignment]  # what laplace-torch finds out when it fits
+    return getattr(backends, name)(model, likelihood)
+
+
+@pytest.mark.parametrize("name", ["AsdlGGN", "AsdlEF"])
+def test_jacobians_of_single_examples_are_those_of_autograd(name: str) -> None:
+    model, (x, _) = nn.Sequential(Pooled(), nn.Tanh(), nn.Linear(C, C)), data("classification")
+    found, output = a_backend(name, model, "classification").jacobians(x)
+    torch.testing.assert_close(output, model(x).detach())
+    for n in range(N):
+        for c in range(C):
+            grads = torch.autograd.grad(model(x[n : n + 1])[0, c], list(model.parameters()))
+            expected = torch.cat([grad.flatten() for grad in grads])
+            torch.testing.assert_close(found[n, c], expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("likelihood", ["regression", "classification"])
+def test_gradients_of_single_examples_are_those_of_autograd(likelihood: str) -> None:
+    model, (x, y) = nn.Sequential(Pooled(), nn.Tanh(), nn.Linear(C, C)), data(likelihood)
+    backend = a_backend("AsdlEF", model, likelihood)
+    found, total = backend.gradients(x, y)
+    losses = [backend.lossfunc(model(x[n : n + 1]), y[n : n + 1]) for n in range(N)]
+    torch.testing.assert_close(total, torch.stack(losses).sum().detach())
+    for n in range(N):
+        grads = torch.autograd.grad(losses[n], list(model.parameters()))
+        expected = torch.cat([grad.flatten() for grad in grads])
+        torch.testing.assert_close(found[n], expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("likelihood", ["regression", "classification"])
+def test_the_empirical_diagonal_is_the_sum_of_squared_gradients(likelihood: str) -> None:
+    """In laplace-torch's scale: half of it for the squared error, which has no 1/2 of its own."""
+    model, (x, y) = Pooled(), data(likelihood)
+    expected = torch.zeros(sum(p.numel() for p in model.parameters()))
+    for n in range(N):
+        z = model(x[n : n + 1])
+        if likelihood == "regression":
+            loss = (z - y[n : n + 1]).square().sum()
+        else:
+            loss = nn.functional.cross_entropy(z, y[n : n + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        expected += torch.cat([grad.flatten() for grad in grads]).square()
+    backend = a_backend("AsdlEF", model, likelihood)
+    _, found = backend.diag(x, y, N=N, shared_dim="reduce")
+    expected *= 0.5 if likelihood == "regression" else 1
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*does not support backprop through the functional variance:UserWarning"
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_has_the_kronecker_posterior_of_its_float32_copy(
+    dtype: torch.dtype,
+) -> None:
+    """Predictions, the marginal likelihood and samples, where laplace-torch alone raises."""
+    torch.set_default_dtype(torch.float32)
+    model, (x, y) = Pooled(), data("classification")
+    half = copy.deepcopy(model).to(dtype)
+    model.load_state_dict(half.state_dict())  # the same, rounded weights
+    posteriors = [
+        fit(m, "classification", "kron", inputs, y, backends.AsdlGGN, shared_dim="reduce")
+        for m, inputs in ((model, x.to(dtype).float()), (half, x.to(dtype)))
+    ]
+    assert all(p.H.eigenvalues[0][0].dtype is torch.float32 for p in posteriors)
+    tolerance: dict[str, float] = {"rtol": 0.05, "atol": 8 * torch.finfo(dtype).eps}
+    expected, found = (p(x.to(dtype).to(next(p.model.parameters()))) for p in posteriors)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.float(), expected, **tolerance)
+    expected, found = (p.log_marginal_likelihood() for p in posteriors)
+    torch.testing.assert_close(found.float(), expected, **tolerance)
+    samples = posteriors[1].sample(3)
+    assert samples.dtype is dtype and samples.isfinite().all()

@@ -1,0 +1,116 @@
+"""laplace-torch's ASDL backends, for models with weight sharing and in half precision.
+
+Not imported by the package; it needs ``pip install laplace-torch``. Use the backends in place of
+those of the same names in ``laplace.curvature``, where these differ:
+
+- Jacobians and gradients of single examples are ``torch.func``'s, which knows about weight
+  sharing. laplace-torch 0.3 gets them from ``asdl.gradient.batch_gradient(batch_size=...)``, an
+  argument that ASDL 0.1a5 does not have (0.1a4 has it, and treats positions as examples).
+- Kronecker factors of a model in half precision stay in float32, and what is multiplied with them
+  comes back in the model's dtype. laplace-torch multiplies the two as they are, which fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from laplace import curvature
+from laplace.curvature import CurvatureInterface
+from laplace.utils.matrix import Kron, KronDecomposed
+from torch import Tensor
+
+__all__ = ["AsdlEF", "AsdlGGN"]
+
+
+class _MixedKron(Kron):
+    """Kronecker factors of a dtype of their own, whatever is multiplied with them."""
+
+    def __add__(self, other: Kron) -> Kron:
+        return _MixedKron(super().__add__(other).kfacs)
+
+    def __mul__(self, scalar: Any) -> Kron:
+        return _MixedKron(super().__mul__(scalar).kfacs)
+
+    # Called first where a plain Kron is on the left, as a subclass's reflected methods are.
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def decompose(self, damping: bool = False) -> KronDecomposed:
+        return _mixed(super().decompose(damping))
+
+
+class _MixedKronDecomposed(KronDecomposed):
+    """The eigendecomposition of :class:`_MixedKron`, a prior precision added or not."""
+
+    def __add__(self, deltas: Tensor) -> KronDecomposed:
+        return _mixed(super().__add__(deltas))
+
+    def __mul__(self, scalar: Any) -> KronDecomposed:
+        return _mixed(super().__mul__(scalar))
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def _bmm(self, W: Tensor, exponent: float = -1) -> Tensor:
+        dtype = self.eigenvectors[0][0].dtype
+        return super()._bmm(W.to(dtype), exponent).to(W.dtype)
+
+
+def _mixed(decomposed: KronDecomposed) -> KronDecomposed:
+    return _MixedKronDecomposed(
+        decomposed.eigenvectors, decomposed.eigenvalues, decomposed.deltas, decomposed.damping
+    )
+
+
+class _WithWeightSharing:
+    """What both backends have in common; in front of laplace-torch's own."""
+
+    jacobians = CurvatureInterface.jacobians
+    gradients = CurvatureInterface.gradients
+
+    def kron(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Kron]:
+        loss, kron = super().kron(*args, **kwargs)  # type: ignore[misc]
+        return loss, _MixedKron(kron.kfacs)
+
+
+class AsdlGGN(_WithWeightSharing, curvature.AsdlGGN):
+    """The generalized Gauss-Newton matrix, exact or (``stochastic=True``) of sampled labels.
+
+    >>> import asdl_ws_plugin, torch
+    >>> from asdl_ws_plugin._torchvision import make_importable
+    >>> make_importable()
+    >>> from asdl_ws_plugin.laplace import AsdlGGN
+    >>> from laplace import Laplace
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    >>> data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(4, (32,)))
+    >>> posterior = Laplace(
+    ...     model,
+    ...     "classification",
+    ...     subset_of_weights="all",
+    ...     hessian_structure="kron",
+    ...     backend=AsdlGGN,
+    ...     asdl_fisher_kwargs={"shared_dim": "reduce"},
+    ... )
+    >>> posterior.fit(torch.utils.data.DataLoader(data, batch_size=8))
+    >>> posterior.sample(2).shape
+    torch.Size([2, 92])
+    """
+
+
+class AsdlEF(_WithWeightSharing, curvature.AsdlEF):
+    """The empirical Fisher, of the labels in the data."""
+
+    # laplace-torch halves the curvature of a squared error in its own class, and in no subclass.
+
+    def kron(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Kron]:
+        loss, kron = super().kron(*args, **kwargs)
+        return loss, kron * self._of_halved_error
+
+    def diag(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        loss, diag = super().diag(*args, **kwargs)
+        return loss, diag * self._of_halved_error
+
+    @property
+    def _of_halved_error(self) -> float:
+        return 0.5 if self.likelihood == "regression" else 1.0

@@ -1,0 +1,202 @@
+"""Which example positions belong to, computed from the model's own inputs whenever a curvature step
+calls it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .capture import current_record
+from .positions import GRAPH, Positions, make_padding, make_positions, positions_of
+from .ragged import Segments
+
+__all__ = ["attach_padding", "attach_segments"]
+
+
+def attach_segments(
+    model: nn.Module, source: str | Callable[..., Positions | Mapping[str, Any]] = "pyg"
+) -> RemovableHandle:
+    """Compute the segments from the model's own arguments, on every call in a curvature step.
+
+    Args:
+        source: ``'pyg'``: the model is called with a PyG ``Data`` or ``Batch``, or with arguments
+            named ``edge_index`` and ``batch`` (also by position, by the names in the signature of
+            ``forward``). ``'jraph'``: with arguments or an object that has ``n_node`` and
+            ``n_edge``, batched with padding as jraph does it (the first padding graph owns all
+            padding nodes and edges, later ones are empty). Or a function of the model's arguments
+            that returns the keyword arguments of :func:`segments`.
+
+    Returns:
+        A handle; ``remove()`` detaches.
+
+    Raises:
+        ValueError: the source is unknown. When the model is called: the arguments are not as the
+            source says.
+    """
+    if isinstance(source, str):
+        if source not in _SOURCES:
+            raise ValueError(
+                f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
+            )
+        reader = _SOURCES[source]
+        forward = inspect.signature(model.forward)
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            return reader(_Arguments(forward, args, kwargs))
+    else:
+        compute = source
+    return _attach(model, compute, lambda said: make_positions(**said))
+
+
+def attach_padding(
+    model: nn.Module, source: str | Callable[..., Tensor | Mapping[str, Tensor]]
+) -> RemovableHandle:
+    """Compute the padding mask from the model's own arguments, on every call in a curvature step.
+
+    Args:
+        source: the name of an argument that holds it, where ``attention_mask`` is True (1) for real
+            tokens, and any name that ends in ``key_padding_mask`` True for padding, as PyTorch has
+            it; or a function of the model's arguments that returns the mask of :func:`padding`.
+
+    An argument that is None says that nothing is padding.
+
+    Returns:
+        A handle; ``remove()`` detaches.
+
+    Raises:
+        ValueError: ``forward`` has no argument of that name. When the model is called: none was
+            found.
+    """
+    if isinstance(source, str):
+        name = source
+        forward = inspect.signature(model.forward)
+        parameters = forward.parameters
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(
+                f"attach_padding: {type(model).__name__}.forward has no argument '{name}'; it has "
+                f"{', '.join(map(repr, parameters)) or 'none'}."
+            )
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            arguments = _Arguments(forward, args, kwargs)
+            mask = arguments.get(name)
+            if mask is None:
+                if name in parameters:
+                    return None
+                raise ValueError(f"attach_padding: the model was called without '{name}'.")
+            if mask.is_floating_point():
+                mask = (
+                    mask.isneginf().logical_not()
+                    if name.endswith("key_padding_mask")
+                    else mask != 0
+                )
+                return mask
+            return ~mask.bool() if name.endswith("key_padding_mask") else mask.bool()
+    else:
+        compute = source
+    return _attach(model, compute, make_padding)
+
+
+def _attach(
+    model: nn.Module, compute: Callable[..., Any], make: Callable[[Any], Positions]
+) -> RemovableHandle:
+    def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
+        record = current_record()
+        if record is None:  # nobody computes curvature
+            return
+        said = compute(*args, **kwargs)
+        if said is None:
+            return
+        positions = said if isinstance(said, Positions) else make(said)
+        for part in module.modules():
+            before = record.positions.get(part)
+            if before is None or before is positions_of(part):
+                record.positions[part] = positions
+            elif before is not positions and not before.equals(positions):
+                raise ValueError(
+                    f"The segments of a {type(part).__name__} were given twice in this step, and "
+                    f"are different: {before.roles or before.masks} and "
+                    f"{positions.roles or positions.masks}. Give them once, with a role for each "
+                    "call, as in attach_segments(model, lambda ...: {'node_a': ..., 'node_b': "
+                    "...})."
+                )
+
+    return model.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+
+class _Arguments:
+    """A model's arguments, found by name: of a parameter, a keyword, or an attribute of one of
+    them.
+    """
+
+    def __init__(self, signature: inspect.Signature, args: Any, kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        self.named = dict(bound.arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                self.named.update(self.named.pop(parameter.name, {}))
+
+    def get(self, name: str) -> Any:
+        if name in self.named:
+            return self.named[name]
+        for value in self.named.values():
+            found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+            if found is not None:
+                return found
+        return None
+
+    def require(self, name: str, source: str) -> Tensor:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(
+                f"attach_segments('{source}'): the model was called without '{name}' (its "
+                f"arguments are {', '.join(self.named) or 'none'})."
+            )
+        return value
+
+
+def _from_pyg(arguments: _Arguments) -> dict[str, Any]:
+    edge_index = arguments.require("edge_index", "pyg")
+    batch = arguments.get("batch")
+    if not isinstance(batch, Tensor):
+        batch = getattr(batch, "batch", None)
+    num_examples = arguments.get("num_graphs")
+    if batch is None:
+        x = arguments.require("x", "pyg")
+        batch, num_examples = torch.zeros(x.shape[0], dtype=torch.long, device=x.device), 1
+    elif num_examples is None:
+        num_examples = arguments.get("batch_size")
+    said = {"node": batch, "edge": batch[edge_index[0]]}
+    return said if num_examples is None else {**said, "num_examples": int(num_examples)}
+
+
+def _from_jraph(arguments: _Arguments) -> dict[str, Any]:
+    n_node, n_edge = (
+        arguments.require("n_node", "jraph").long(),
+        arguments.require("n_edge", "jraph").long(),
+    )
+    num_graphs = len(n_node)
+    nonempty = torch.nonzero(n_node).flatten()
+    # All padding nodes belong to the first padding graph, so it is the last one that has any.
+    num_examples = int(nonempty[-1]) if len(nonempty) else num_graphs
+    graph = torch.arange(num_graphs, device=n_node.device)
+
+    def rows(sizes: Tensor) -> Segments:
+        index = torch.repeat_interleave(graph, sizes)
+        return Segments(index, num_examples=num_examples, mask=index < num_examples)
+
+    return {
+        "num_examples": num_examples,
+        "node": rows(n_node),
+        "edge": rows(n_edge),
+        GRAPH: rows(torch.ones_like(n_node)),
+    }
+
+
+_SOURCES = {"pyg": _from_pyg, "jraph": _from_jraph}

@@ -1,0 +1,174 @@
+"""Stage 3, *count*: how many examples a batch has, and which of them the rows of layers belong to.
+
+What was said of rows, by a context, by a layer or by the model's own inputs, is in the record by
+now (:attr:`.capture.Record.positions`). Where nothing was said, the sizes of the logits and of the
+model's first tensor tell N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Captured, Layer, Record
+from .layout import LayoutBook
+from .positions import GRAPH, Positions
+from .ragged import Segments
+from .rules import SEQUENCE_FIRST
+
+__all__ = ["Count", "count_examples", "leading_sizes", "num_rows", "row_sizes"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """N, and whose row is whose as far as it was said.
+
+    Attributes:
+        num_examples: N.
+        positions: what was said of the rows of a module, by module.
+    """
+
+    num_examples: int
+    positions: dict[nn.Module, Positions] = field(default_factory=dict)
+
+    @property
+    def num_logits_of_examples(self) -> int:
+        """How many rows the logits have if there is one for each example: those of padding graphs
+        are among them.
+        """
+        parts = (said.roles.get(GRAPH) for said in self.positions.values())
+        return max((len(part) for part in parts if part is not None), default=self.num_examples)
+
+    def segments_of(self, rows: int) -> list[Segments]:
+        """The different segments of so many rows.
+
+        Those with one row for each example come first: there may be as many nodes.
+        """
+        said = list(self.positions.values())
+        parts = [part for one in said for role, part in one.roles.items() if role == GRAPH]
+        parts += [part for one in said for part in one.roles.values()]
+        different: list[Segments] = []
+        for part in parts:
+            if len(part) == rows and not any(
+                part is other or part.equals(other) for other in different
+            ):
+                different.append(part)
+        return different
+
+
+def row_sizes(logits: Tensor) -> torch.Size:
+    """The sizes of the logits without classes; a vector is one logit for each example."""
+    return logits.shape[:-1] or logits.shape
+
+
+def num_rows(logits: Tensor) -> int:
+    """How many rows the logits have, at least 1."""
+    return max(1, row_sizes(logits).numel())
+
+
+def count_examples(layers: list[Layer], book: LayoutBook, captured: Captured) -> Count:
+    """N of the batch that was captured, and what was said of the positions of the layers' modules.
+
+    Raises a ValueError if the layers' segments are of different numbers of examples.
+    """
+    record, logits = captured.record, captured.logits
+    positions = {
+        module: record.positions[module]
+        for layer in layers
+        if layer.module in record.calls
+        for module in layer.modules
+        if module in record.positions
+    }
+    if positions:
+        return _agreed(layers, positions, logits)
+    sizes = _declared_sequence_first(layers, book, record)
+    return Count(infer_num_examples(row_sizes(logits), leading_sizes(captured.inputs), sizes))
+
+
+def _declared_sequence_first(
+    layers: list[Layer], book: LayoutBook, record: Record
+) -> tuple[int, ...] | None:
+    """The leading sizes of a layer's input that is said to be sequence first, if there is one with
+    a dimension for the examples.
+    """
+    inputs = (
+        call.unmodified_input(layer.name)
+        for layer in layers
+        if book.given(layer.module) == SEQUENCE_FIRST
+        for call in record.calls.get(layer.module, ())
+    )
+    return next((tuple(x.shape[:-1]) for x in list(inputs) if x.ndim > 2), None)
+
+
+def leading_sizes(value: Any) -> tuple[int, ...] | None:
+    """The sizes of the first tensor with at least one dimension in a nest of arguments; ``None`` if
+    there is none.
+    """
+    if isinstance(value, Tensor):
+        return tuple(value.shape) if value.ndim else None
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return next((sizes for item in value if (sizes := leading_sizes(item))), None)
+    return None
+
+
+def infer_num_examples(
+    logits_sizes: Sequence[int],
+    input_sizes: Sequence[int] | None,
+    sequence_first_sizes: Sequence[int] | None,
+) -> int:
+    """The number of examples of a batch.
+
+    Args:
+        logits_sizes: the sizes of the logits without classes: ``(N,)``, ``(N, *)``, ``(R, N, *)``
+            or ``(N·R,)``.
+        input_sizes: the sizes of the model's first tensor argument, if it has one.
+        sequence_first_sizes: the leading sizes ``(R, N, ...)`` of a layer that is declared sequence
+            first.
+    """
+    first = logits_sizes[0]
+    if sequence_first_sizes is not None and len(sequence_first_sizes) > 1:
+        candidate = sequence_first_sizes[1]
+        if candidate in logits_sizes[:2] or first % candidate == 0:
+            return candidate
+    if len(logits_sizes) > 1 or input_sizes is None:
+        return first
+    if 0 < input_sizes[0] < first and first % input_sizes[0] == 0:
+        return input_sizes[0]  # a loss term for every position, flattened
+    return first
+
+
+def _agreed(layers: list[Layer], positions: dict[nn.Module, Positions], logits: Tensor) -> Count:
+    """N as all that was said of the layers' positions has it."""
+    counts = {said.num_examples for said in positions.values()}
+    if len(counts) > 1:
+        names = {
+            said.num_examples: layer.name
+            for layer in layers
+            for module in layer.modules
+            if (said := positions.get(module)) is not None
+        }
+        raise ValueError(
+            "The layers' segments are of different numbers of examples: "
+            + ", ".join(f"{count} at '{name}'" for count, name in sorted(names.items()))
+            + "."
+        )
+    num_examples = counts.pop()
+    if (
+        all(said.is_inferred for said in positions.values())
+        and logits.ndim == 2
+        and logits.shape[0] > num_examples
+    ):
+        lengths = {len(part) for said in positions.values() for part in said.roles.values()}
+        if logits.shape[0] not in lengths - {num_examples}:  # the last examples have no rows
+            num_examples = logits.shape[0]
+            completed = {
+                id(said): said.with_num_examples(num_examples) for said in positions.values()
+            }
+            positions = {module: completed[id(said)] for module, said in positions.items()}
+    return Count(num_examples, positions)

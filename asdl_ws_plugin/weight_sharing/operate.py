@@ -1,0 +1,124 @@
+"""Stage 5, *operate*: the factors of every layer, from one backward pass or several.
+
+Which output gradients are sent back is the Fisher type's: the loss's own, those of labels that are
+drawn, or the columns of the loss Hessian's root.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC
+from torch import Tensor
+
+from .batch import Batch
+from .capture import Captured
+from .count import Count
+from .factors import full_precision
+from .loss import LossTerms, exact_output_grads, sampled_output_grads
+from .place import place_terms
+
+__all__ = ["FISHER_FORWARD_ONLY", "FISHER_TYPES", "Estimate", "exact_passes", "operate"]
+
+FISHER_FORWARD_ONLY = "fisher_forward_only"
+FISHER_TYPES = (FISHER_EXACT, FISHER_MC, FISHER_EMP, FISHER_FORWARD_ONLY)
+
+# Between the seeds of consecutive batches: 2**64 over the golden ratio, far apart.
+_STRIDE = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Which estimate of the Fisher is computed.
+
+    Attributes:
+        fisher_type: one of :data:`FISHER_TYPES`.
+        loss_type: the likelihood's.
+        var: the covariance of a Gaussian likelihood.
+        num_samples: how many labels ``fisher_mc`` draws for each term.
+        seed: of those; ``None``: PyTorch's own generator.
+        draws: how many batches labels were drawn for before.
+    """
+
+    fisher_type: str
+    loss_type: str
+    var: Any = 1.0
+    num_samples: int = 1
+    seed: int | None = None
+    draws: int = 0
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """Of the labels of this batch."""
+        if self.seed is None:
+            return None
+        seed = (int(self.seed) + self.draws * _STRIDE) % 2**63
+        return torch.Generator(device).manual_seed(seed)
+
+
+@full_precision()
+def operate(
+    batch: Batch,
+    captured: Captured,
+    terms: LossTerms,
+    count: Count,
+    estimate: Estimate,
+    scale_B: Any,
+    with_grad: bool = False,
+) -> None:
+    """Let the batch's operations take the inputs and the output gradients.
+
+    Args:
+        scale_B: multiplies B.
+        with_grad: accumulate the gradient of the loss into ``.grad``, too.
+    """
+    batch.take_inputs()
+    if estimate.fisher_type == FISHER_EMP:
+        assert captured.loss is not None
+        _empirical_pass(batch, captured.loss, scale_B * terms.sum_factor**2, with_grad)
+        return
+    batch.scale = scale_B
+    if estimate.fisher_type == FISHER_FORWARD_ONLY:
+        batch.take_identity()
+    elif estimate.fisher_type == FISHER_MC:
+        _sampled_passes(batch, terms, estimate, keep_graph=with_grad)
+    else:
+        exact_passes(batch, captured, terms, count, estimate)
+    if with_grad:
+        assert captured.loss is not None
+        captured.loss.backward()
+
+
+def _empirical_pass(batch: Batch, loss: Tensor, scale: Any, with_grad: bool) -> None:
+    """The gradient of the loss itself, in one pass with that of the weights where it is wanted."""
+    batch.scale = scale
+    if with_grad:
+        with batch.taking_output_grads():
+            loss.backward()
+    else:
+        batch.take_output_grads(loss, None, retain_graph=False)
+    batch.end_of_pass()
+
+
+def _sampled_passes(batch: Batch, terms: LossTerms, estimate: Estimate, keep_graph: bool) -> None:
+    """One pass for each sample of labels."""
+    generator = estimate.generator(terms.logits.device)
+    batch.scale = batch.scale / estimate.num_samples
+    for i in range(estimate.num_samples):
+        grads = sampled_output_grads(terms, estimate.loss_type, estimate.var, generator)
+        is_last = i == estimate.num_samples - 1
+        batch.take_output_grads(terms.logits, grads, retain_graph=keep_graph or not is_last)
+        batch.end_of_pass()
+
+
+def exact_passes(
+    batch: Batch, captured: Captured, terms: LossTerms, count: Count, estimate: Estimate
+) -> None:
+    """One pass for each class and position; the graph is left as it is."""
+    position, num_positions = place_terms(terms, captured, count, batch.layers, batch.arranged)
+    for grads in exact_output_grads(
+        terms, estimate.loss_type, position, num_positions, estimate.var
+    ):
+        batch.take_output_grads(terms.logits, grads, retain_graph=True)
+        batch.end_of_pass()

@@ -1,0 +1,129 @@
+"""PyTorch's private names that this package depends on: each once, with its reason.
+
+All of them are as they are here from PyTorch 2.5 to 2.14, unless a version is given. What replaces
+one of them belongs here, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = [
+    "AnyBatchNorm",
+    "base_of",
+    "canonical_mask",
+    "eagerly",
+    "has_global_hooks",
+    "has_own_hooks",
+    "has_plain_forward",
+    "is_batched_attention",
+    "own_buffers",
+    "own_parameters",
+    "padding_of",
+    "version_of",
+]
+
+# The class of all batch normalization; the public ones have no base class but this.
+AnyBatchNorm = _BatchNorm
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to: autograd's counter, the only sign of an in-place
+    operation.
+    """
+    return tensor._version
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this is a view of; F.linear returns views of what it computes."""
+    return tensor._base
+
+
+def padding_of(conv: Any) -> tuple[int, ...]:
+    """A convolution's padding as :func:`F.pad` takes it; resolves ``'same'`` as the layer did."""
+    return conv._reversed_padding_repeated_twice
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's buffers, also those that are None, in the dict where they can be replaced."""
+    return module._buffers
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's Parameters without those that parametrizations or properties make."""
+    return module._parameters
+
+
+def has_plain_forward(module: nn.Module) -> bool:
+    """Whether a batch normalization runs PyTorch's own ``forward``."""
+    return type(module).forward is _BatchNorm.forward and "forward" not in module.__dict__
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether a hook was registered with the module; there is no public list of them."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook was registered for all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_batched_attention(*arguments: Any) -> bool:
+    """What nn.MultiheadAttention says of its arguments' sizes; raises what it raises."""
+    return F._mha_shape_check(*arguments)  # type: ignore[attr-defined]
+
+
+def canonical_mask(
+    mask: Tensor | None, name: str, dtype: torch.dtype, other: Tensor | None = None
+) -> Tensor | None:
+    """A mask of nn.MultiheadAttention as numbers to add; raises what it raises.
+
+    Args:
+        other: the mask that has to be of the same type, ``attn_mask``; ``None``: not compared.
+    """
+    return F._canonical_mask(
+        mask=mask,
+        mask_name=name,
+        other_type=F._none_or_dtype(other),
+        other_name="attn_mask" if other is not None else "",
+        target_type=dtype,
+        check_other=other is not None,
+    )
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Whatever was compiled runs as if it were not."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+    elif hasattr(torch.compiler, "set_stance"):  # PyTorch 2.6
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:  # PyTorch 2.5
+        eval_frame: Any = sys.modules["torch._dynamo.eval_frame"]
+        set_callback = eval_frame._maybe_set_eval_frame
+        eval_frame._maybe_set_eval_frame = lambda callback: set_callback(None)
+        try:
+            yield
+        finally:
+            eval_frame._maybe_set_eval_frame = set_callback
