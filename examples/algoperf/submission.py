@@ -34,7 +34,7 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
         preconditioner_upd_interval=settings.inverse_interval,
         ignore_modules=[*kept, *grouped],
     )
-    kfac = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim="auto")
+    kfac = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim=settings.shared_dim)
     optimizer = torch.optim.NAdam(
         model.parameters(),
         lr=settings.learning_rate,
@@ -48,12 +48,12 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
     return {"kfac": kfac, "optimizer": optimizer, "lr": SequentialLR(optimizer, parts, [warmup])}
 
 
+# fmt: off
 def update_params(workload, current_param_container, current_params_types, model_state,
                   hyperparameters, batch, loss_type, optimizer_state, eval_results, global_step,
-                  rng, train_state=None):  # fmt: skip
+                  rng, train_state=None):
     settings, kfac = hyperparameters or SELF_TUNED, optimizer_state["kfac"]
     optimizer_state["optimizer"].zero_grad()
-    # fmt: off
     output = kfac.setup_model_call(
         workload.model_fn, augmented_and_preprocessed_input_batch=batch, model_state=model_state,
         params=current_param_container, mode=spec.ForwardPassMode.TRAIN, rng=rng,
@@ -61,7 +61,6 @@ def update_params(workload, current_param_container, current_params_types, model
     kfac.setup_loss_call(
         workload.loss_fn, label_batch=batch["targets"], logits_batch=output[0],
         mask_batch=batch.get("weights"), label_smoothing=settings.label_smoothing)
-    # fmt: on
     # Logits may come with their paddings: the first part of the first part.
     kfac.setup_logits_repr(DummyObject([GetFirstItem(), GetFirstItem()]))
     (_, model_state), _ = kfac.forward_and_backward()
@@ -72,10 +71,10 @@ def update_params(workload, current_param_container, current_params_types, model
 
 def prepare_for_eval(workload, current_param_container, current_params_types, model_state,
                      hyperparameters, loss_type, optimizer_state, eval_results, global_step,
-                     rng):  # fmt: skip
+                     rng):
     return optimizer_state, current_param_container, model_state
 
 
 def data_selection(workload, input_queue, optimizer_state, current_param_container, model_state,
-                   hyperparameters, global_step, rng):  # fmt: skip
+                   hyperparameters, global_step, rng):
     return next(input_queue)

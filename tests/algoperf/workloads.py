@@ -32,7 +32,7 @@ class Workload:
         num_examples: N of a batch, without padding.
     """
 
-    step_hint = 60
+    step_hint = 30
     setting = "reduce"
     num_examples = 4
     model: Callable[[], nn.Module]
@@ -97,6 +97,7 @@ class ImagenetVit(Workload):
     """Soft labels, as mixup makes them; a head that starts at zero."""
 
     model = models.Vit
+    num_examples = 6
 
     def losses(self, labels: Tensor, logits: Tensor, label_smoothing: float) -> Tensor:
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)

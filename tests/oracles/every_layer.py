@@ -68,23 +68,40 @@ def every_layers_factors(
     num_examples: int,
     ragged: bool = False,
 ) -> dict[str, Sums]:
-    """A and B of every layer for ``fisher_emp`` with D = N, under both strategies.
+    """A and B of every layer for ``fisher_emp`` with D = N, under both strategies."""
+    examples = [rows_per_example(layers, summed_loss, n) for n in range(num_examples)]
+    return factors_of_rows(examples, ragged)
+
+
+def joint_factors(
+    layers: Mapping[str, Sequence[nn.Module]], summed_loss: Callable[[], Tensor], num_examples: int
+) -> dict[str, Sums]:
+    """Of examples that depend on each other, as BatchNorm makes them: one pass of the whole batch,
+    whose rows lie batch first.
+    """
+    rows = rows_per_example(layers, lambda _: summed_loss(), 0)
+    split = {name: [part.chunk(num_examples) for part in parts] for name, parts in rows.items()}
+    examples = [{name: (a[n], b[n]) for name, (a, b) in split.items()} for n in range(num_examples)]
+    return factors_of_rows(examples)
+
+
+def factors_of_rows(
+    examples: Sequence[Mapping[str, tuple[Tensor, Tensor]]], ragged: bool = False
+) -> dict[str, Sums]:
+    """The table of the factors, from every example's inputs and output gradients of every layer.
 
     Args:
         ragged: A of expand is normalised by the mean R_n of the batch (section 3.4 of the thesis),
             not example by example. The same where all R_n are equal.
     """
-    examples = [rows_per_example(layers, summed_loss, n) for n in range(num_examples)]
-    sums = {}
-    for name in layers:
+    sums, num_examples = {}, len(examples)
+    for name in {name: None for rows in examples for name in rows}:
         parts = [rows[name] for rows in examples if name in rows]
-        if not parts:
-            continue
         if ragged:
             mean_R = sum(len(a) for a, _ in parts) / num_examples
             expand_A = sum(a.mT @ a for a, _ in parts) / mean_R
         else:
-            expand_A = sum(a.mT @ a / len(a) for a, _ in parts if len(a))
+            expand_A = sum(a.mT @ a / len(a) for a, _ in parts)
         sums[name] = Sums(
             A={
                 "expand": expand_A / num_examples,
@@ -103,15 +120,22 @@ def _square(vector: Tensor) -> Tensor:
 
 
 def worst_layer(
-    maker_layers: Mapping[str, nn.Module], expected: Mapping[str, Sums], strategy: str
+    maker_layers: Mapping[str, nn.Module],
+    expected: Mapping[str, Sums],
+    strategy: str,
+    scale_B: float = 1.0,
 ) -> tuple[float, str]:
-    """The largest error of a factor, of the size of what it is a sum of, and where it is."""
+    """The largest error of a factor, of the size of what it is a sum of, and where it is.
+
+    Args:
+        scale_B: D/T, where B is of a loss that averages over T terms.
+    """
     worst = (0.0, "")
     for name, module in maker_layers.items():
         want = expected[name]
         for which, found, matrix, scale in (
             ("A", module.fisher.kron.A, want.A[strategy], want.scale_A),
-            ("B", module.fisher.kron.B, want.B[strategy], want.scale_B),
+            ("B", module.fisher.kron.B / scale_B, want.B[strategy], want.scale_B),
         ):
             assert scale > 0, f"{which} of '{name}' is zero, which tests nothing"
             error = float((found.double() - matrix).abs().max()) / scale
