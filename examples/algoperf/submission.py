@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 SELF_TUNED = SimpleNamespace(**json.loads((HERE / "self_tuning.json").read_text()))
 
 
+# fmt: off
 def get_batch_size(workload_name):
     return json.loads((HERE / "batch_sizes.json").read_text()).get(workload_name, 128)
 
@@ -25,30 +26,23 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
     settings = hyperparameters or SELF_TUNED  # none in the self-tuning ruleset
     model = asdl_ws_plugin.convert(model_params)
     asdl_ws_plugin.attach_segments(model, "auto")
-    kept = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)  # are left to NAdamW
-    grouped = [module for module in model.modules() if getattr(module, "groups", 1) > 1]
+    left = [nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d]  # to NAdamW, as grouped convolutions
+    left += [module for module in model.modules() if getattr(module, "groups", 1) > 1]
     config = asdl.PreconditioningConfig(
-        damping=settings.damping,
-        ema_decay=settings.ema_decay,
+        damping=settings.damping, ema_decay=settings.ema_decay, ignore_modules=left,
         curvature_upd_interval=settings.curvature_interval,
-        preconditioner_upd_interval=settings.inverse_interval,
-        ignore_modules=[*kept, *grouped],
-    )
-    kfac = asdl.KfacGradientMaker(model, config, fisher_type="fisher_emp", shared_dim=settings.shared_dim)
+        preconditioner_upd_interval=settings.inverse_interval)
+    kfac = asdl.KfacGradientMaker(
+        model, config, fisher_type="fisher_emp", shared_dim=settings.shared_dim)
     optimizer = torch.optim.NAdam(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=(1 - settings.one_minus_beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        decoupled_weight_decay=True,
-    )
+        model.parameters(), lr=settings.learning_rate, decoupled_weight_decay=True,
+        betas=(1 - settings.one_minus_beta1, settings.beta2), weight_decay=settings.weight_decay)
     warmup = max(1, int(settings.warmup_factor * workload.step_hint))
-    rest = max(1, workload.step_hint - warmup)
-    parts = [LinearLR(optimizer, 1 / warmup, 1, warmup), CosineAnnealingLR(optimizer, rest)]
+    decay = CosineAnnealingLR(optimizer, max(1, workload.step_hint - warmup))
+    parts = [LinearLR(optimizer, 1 / warmup, 1, warmup), decay]
     return {"kfac": kfac, "optimizer": optimizer, "lr": SequentialLR(optimizer, parts, [warmup])}
 
 
-# fmt: off
 def update_params(workload, current_param_container, current_params_types, model_state,
                   hyperparameters, batch, loss_type, optimizer_state, eval_results, global_step,
                   rng, train_state=None):

@@ -82,6 +82,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("name", ["ImagenetVit", "Wmt", "Ogbg"])
 def test_compiled_models_and_losses_take_the_same_steps(submission: ModuleType, name: str):
     torch._dynamo.reset()
