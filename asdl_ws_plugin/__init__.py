@@ -37,7 +37,7 @@ from .upstream import register, unregister, wants_registration  # noqa: E402
 from .weight_sharing._version import __version__  # noqa: E402
 from .weight_sharing.attach import attach_padding, attach_segments  # noqa: E402
 from .weight_sharing.fisher_maker import FISHER_FORWARD_ONLY  # noqa: E402
-from .weight_sharing.loss import LOSS_BINARY_CROSS_ENTROPY  # noqa: E402
+from .weight_sharing.likelihoods import LOSS_BINARY_CROSS_ENTROPY  # noqa: E402
 from .weight_sharing.operations import register_all as _register_operations  # noqa: E402
 from .weight_sharing.positions import (  # noqa: E402
     WeightSharingLinear,

@@ -31,12 +31,12 @@ from ..weight_sharing.fisher_maker import (
     declared_reduction,
     read_terms,
 )
-from ..weight_sharing.loss import LossObserver
 from ..weight_sharing.operate import Estimate, exact_passes
 from ..weight_sharing.operations import WeightSharingOperation, completed
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.positions import take_positions
 from ..weight_sharing.ragged import Ragged
+from ..weight_sharing.read_loss import LossObserver
 from ..weight_sharing.registry import find_operation
 
 __all__ = ["Comparison", "ExactBlock"]

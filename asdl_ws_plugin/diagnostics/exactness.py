@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..makers import FisherConfig
 from ..weight_sharing.capture import Layer
 from ..weight_sharing.errors import LayerError
-from ..weight_sharing.loss import LOSS_TYPES
+from ..weight_sharing.likelihoods import LOSS_TYPES
 from ..weight_sharing.operations import EXPAND, REDUCE
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.registry import is_supported, strategies

@@ -4,7 +4,7 @@
 stage      file                    what it returns
 =========  ======================  ================================================================
 capture    :mod:`~.capture`        what every layer saw, the logits and the loss
-read       :mod:`~.loss`           the terms of the loss and how it is made of them
+read       :mod:`~.read_loss`      the terms of the loss and how it is made of them
 count      :mod:`~.count`          N, and whose row is whose
 arrange    :mod:`~.arrange`        how the layers' tensors become ``(N, R, P)``
 operate    :mod:`~.operate`        the layers' matrices
@@ -34,17 +34,11 @@ from .batch import Batch
 from .capture import Captured, recording
 from .commit import commit, commit_products, invert
 from .count import Count, count_examples
-from .loss import (
-    LOSS_BINARY_CROSS_ENTROPY,
-    LOSS_TYPES,
-    LossObserver,
-    LossTerms,
-    check_var,
-    read_loss,
-)
+from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .positions import take_positions
+from .read_loss import LossObserver, LossTerms, read_loss
 from .unseen import UnseenReport, check_any_called
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]

@@ -17,8 +17,10 @@ from .batch import Batch
 from .capture import Captured
 from .count import Count
 from .factors import full_precision
-from .loss import LossTerms, exact_output_grads, sampled_output_grads
+from .likelihoods import likelihood_of
+from .output_grads import exact_output_grads, sampled_output_grads
 from .place import place_terms
+from .read_loss import LossTerms
 
 __all__ = ["FISHER_FORWARD_ONLY", "FISHER_TYPES", "Estimate", "exact_passes", "operate"]
 
@@ -103,10 +105,11 @@ def _empirical_pass(batch: Batch, loss: Tensor, scale: Any, with_grad: bool) -> 
 
 def _sampled_passes(batch: Batch, terms: LossTerms, estimate: Estimate, keep_graph: bool) -> None:
     """One pass for each sample of labels."""
+    likelihood = likelihood_of(estimate.loss_type, estimate.var)
     generator = estimate.generator(terms.logits.device)
     batch.scale = batch.scale / estimate.num_samples
     for i in range(estimate.num_samples):
-        grads = sampled_output_grads(terms, estimate.loss_type, estimate.var, generator)
+        grads = sampled_output_grads(terms, likelihood, generator)
         is_last = i == estimate.num_samples - 1
         batch.take_output_grads(terms.logits, grads, retain_graph=keep_graph or not is_last)
         batch.end_of_pass()
@@ -117,8 +120,7 @@ def exact_passes(
 ) -> None:
     """One pass for each class and position; the graph is left as it is."""
     position, num_positions = place_terms(terms, captured, count, batch.layers, batch.arranged)
-    for grads in exact_output_grads(
-        terms, estimate.loss_type, position, num_positions, estimate.var
-    ):
+    likelihood = likelihood_of(estimate.loss_type, estimate.var)
+    for grads in exact_output_grads(terms, likelihood, position, num_positions):
         batch.take_output_grads(terms.logits, grads, retain_graph=True)
         batch.end_of_pass()

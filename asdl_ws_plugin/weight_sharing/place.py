@@ -15,8 +15,9 @@ from .arrange import Arranged
 from .capture import Captured, Layer
 from .count import Count, row_sizes
 from .layout import fits
-from .loss import LossTerms, positions_of_terms
+from .output_grads import positions_of_terms
 from .ragged import Segments
+from .read_loss import LossTerms
 from .rules import SEQUENCE_FIRST
 
 __all__ = ["place_terms", "readings"]
