@@ -35,6 +35,7 @@ from .capture import Captured, recording
 from .commit import commit, commit_products, invert
 from .count import Count, count_examples
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var
+from .logits import SELECT_LOGITS, logits_of
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .positions import take_positions
@@ -273,6 +274,13 @@ class WeightSharingFisherMaker(FisherMaker):
             declared_reduction(self._loss_fn, self._loss_fn_kwargs),
         )
 
+    def call_model(self) -> Any:
+        """ASDL's; logits that nobody selected are what the loss is given of the output."""
+        super().call_model()
+        arguments = [*self._loss_fn_args, *self._loss_fn_kwargs.values()]
+        self._logits = logits_of(self._model_output, self._dummy_logits, arguments)
+        return self._model_output
+
     def take(self, captured: Captured, step: Step) -> None:
         """Stages 2 to 6: the curvature of what was captured, and the gradient of its loss.
 
@@ -355,8 +363,7 @@ def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:
     logits = captured.logits
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The logits have to be a tensor, got {type(logits).__name__}. Select them with "
-            "setup_logits_repr."
+            f"The logits have to be a tensor, got {type(logits).__name__}. {SELECT_LOGITS}"
         )
     check_batch(logits, captured.loss)
     check_any_called(plan.layers, captured.record)

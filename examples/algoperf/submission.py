@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import asdl
 import torch
 from algoperf import spec
-from asdl.grad_maker import DummyObject, GetFirstItem
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
@@ -55,8 +54,6 @@ def update_params(workload, current_param_container, current_params_types, model
     kfac.setup_loss_call(
         workload.loss_fn, label_batch=batch["targets"], logits_batch=output[0],
         mask_batch=batch.get("weights"), label_smoothing=settings.label_smoothing)
-    # Logits may come with their paddings: the first part of the first part.
-    kfac.setup_logits_repr(DummyObject([GetFirstItem(), GetFirstItem()]))
     (_, model_state), _ = kfac.forward_and_backward()
     optimizer_state["optimizer"].step()
     optimizer_state["lr"].step()

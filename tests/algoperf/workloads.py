@@ -210,9 +210,7 @@ class Ogbg(Workload):
 
     def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)
-        n_node, n_edge = (
-            torch.tensor([size[k] for size in self.sizes] + [0, 0]) for k in range(2)
-        )
+        n_node, n_edge = (torch.tensor([size[k] for size in self.sizes] + [0, 0]) for k in range(2))
         n_node[-2], n_edge[-2] = self.total[0] - n_node.sum(), self.total[1] - n_edge.sum()
         first = n_node.cumsum(0) - n_node
         ends = [

@@ -155,7 +155,6 @@ def test_padding_by_the_attention_mask_enters_no_factor(name: str):
 # ----------------------------------------------------------------------------------- which logits
 
 
-@pytest.mark.xfail(strict=True, reason="the logits are the output's first part, or an error")
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_logits_that_the_loss_is_given_are_the_logits(name: str):
     """Without ``setup_logits_repr``."""
