@@ -25,6 +25,7 @@ from .upstream import is_native
 from .weight_sharing import nvtx
 from .weight_sharing.fisher_maker import NO_LAYERS, find_fisher_maker
 from .weight_sharing.grad_maker import WeightSharing, check, weight_sharing_class
+from .weight_sharing.unwrap import unwrapped
 
 __all__ = [
     "DiagNaturalGradientMaker",
@@ -99,16 +100,17 @@ class Upstream(natural_gradient.NaturalGradientMaker):
 
     _shared_dim: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        model = unwrapped(model)
         if is_native():  # its constructor knows the keyword
-            super().__init__(*args, shared_dim=self._shared_dim, **kwargs)
+            super().__init__(model, *args, shared_dim=self._shared_dim, **kwargs)
             return
         init = _with_globals(
             natural_gradient.NaturalGradientMaker.__init__,
             FisherConfig=functools.partial(FisherConfig, shared_dim=self._shared_dim),
             get_fisher_maker=get_fisher_maker,
         )
-        init(self, *args, **kwargs)
+        init(self, model, *args, **kwargs)
 
     # A build of torch without NVTX cannot enter the ranges that this method names.
     update_preconditioner = _with_globals(

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from ..weight_sharing.names import qualified_name
 from ..weight_sharing.rules import matches_any
 from ..weight_sharing.torch_private import has_own_hooks
+from ..weight_sharing.unwrap import unwrapped
 
 __all__ = ["Converter", "Site", "convert", "register_converter", "revert"]
 
@@ -190,7 +191,7 @@ def convert(
         )
     sites = [
         Site(name, module, parent, options)
-        for name, module, parent in _sites(model)
+        for name, module, parent in _sites(unwrapped(model))
         if not matches_any(name, module, ignore_modules)
     ]
     for site in sites:
@@ -260,7 +261,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
     todo: list[tuple[nn.Module, Converter]] = []
-    for name, module, _ in _sites(model):
+    for name, module, _ in _sites(unwrapped(model)):
         key, found = module.__dict__.get(_MARK), dict(_find(module))
         converter = found.get(key) if key is not None else None
         if key is not None and converter is None:
@@ -289,7 +290,7 @@ def convertible(model: nn.Module) -> dict[str, Converter]:
     out.
     """
     found = {}
-    for name, module, parent in _sites(model):
+    for name, module, parent in _sites(unwrapped(model)):
         if _MARK in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
             continue
         site = Site(name, module, parent, {"split_qkv": False})

@@ -27,6 +27,7 @@ from ..weight_sharing.plan import Plan
 from ..weight_sharing.rules import AUTO
 from ..weight_sharing.shapes import KFAC_SHAPES
 from ..weight_sharing.torch_private import own_parameters
+from ..weight_sharing.unwrap import unwrapped
 from .survey import Survey, unchanged
 from .tables import Printable, Table, as_bytes, as_sizes
 
@@ -243,6 +244,7 @@ def inspect(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
+    model = unwrapped(model)
     for name, p in model.named_parameters():
         if isinstance(p, nn.parameter.UninitializedParameter):
             raise ValueError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .capture import current_record
 from .positions import GRAPH, Positions, make_padding, make_positions, positions_of
 from .ragged import Segments
+from .unwrap import unwrapped
 
 __all__ = ["attach_padding", "attach_segments"]
 
@@ -25,11 +27,13 @@ def attach_segments(
     """Compute the segments from the model's own arguments, on every call in a curvature step.
 
     Args:
+        model: also one that is wrapped in ``DistributedDataParallel`` or compiled.
         source: ``'pyg'``: the model is called with a PyG ``Data`` or ``Batch``, or with arguments
             named ``edge_index`` and ``batch`` (also by position, by the names in the signature of
             ``forward``). ``'jraph'``: with arguments or an object that has ``n_node`` and
             ``n_edge``, batched with padding as jraph does it (the first padding graph owns all
-            padding nodes and edges, later ones are empty). Or a function of the model's arguments
+            padding nodes and edges, later ones are empty). ``'auto'``: what of the two the
+            arguments are; nothing, if they are no graphs. Or a function of the model's arguments
             that returns the keyword arguments of :func:`segments`.
 
     Returns:
@@ -44,14 +48,8 @@ def attach_segments(
             raise ValueError(
                 f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
             )
-        reader = _SOURCES[source]
-        forward = inspect.signature(model.forward)
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            return reader(_Arguments(forward, args, kwargs))
-    else:
-        compute = source
-    return _attach(model, compute, lambda said: make_positions(**said))
+        return _attach(model, _ByArguments(_SOURCES[source]), _segments_of)
+    return _attach(model, _ByFunction(source), _segments_of)
 
 
 def attach_padding(
@@ -60,6 +58,7 @@ def attach_padding(
     """Compute the padding mask from the model's own arguments, on every call in a curvature step.
 
     Args:
+        model: also one that is wrapped in ``DistributedDataParallel`` or compiled.
         source: the name of an argument that holds it, where ``attention_mask`` is True (1) for real
             tokens, and any name that ends in ``key_padding_mask`` True for padding, as PyTorch has
             it; or a function of the model's arguments that returns the mask of :func:`padding`.
@@ -73,48 +72,76 @@ def attach_padding(
         ValueError: ``forward`` has no argument of that name. When the model is called: none was
             found.
     """
-    if isinstance(source, str):
-        name = source
-        forward = inspect.signature(model.forward)
-        parameters = forward.parameters
-        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            raise ValueError(
-                f"attach_padding: {type(model).__name__}.forward has no argument '{name}'; it has "
-                f"{', '.join(map(repr, parameters)) or 'none'}."
-            )
-
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            arguments = _Arguments(forward, args, kwargs)
-            mask = arguments.get(name)
-            if mask is None:
-                if name in parameters:
-                    return None
-                raise ValueError(f"attach_padding: the model was called without '{name}'.")
-            if mask.is_floating_point():
-                mask = (
-                    mask.isneginf().logical_not()
-                    if name.endswith("key_padding_mask")
-                    else mask != 0
-                )
-                return mask
-            return ~mask.bool() if name.endswith("key_padding_mask") else mask.bool()
-    else:
-        compute = source
-    return _attach(model, compute, make_padding)
+    if not isinstance(source, str):
+        return _attach(model, _ByFunction(source), make_padding)
+    model = unwrapped(model)
+    parameters = inspect.signature(model.forward).parameters
+    if source not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"attach_padding: {type(model).__name__}.forward has no argument '{source}'; it has "
+            f"{', '.join(map(repr, parameters)) or 'none'}."
+        )
+    return _attach(model, _ByArguments(_NamedMask(source)), make_padding)
 
 
-def _attach(
-    model: nn.Module, compute: Callable[..., Any], make: Callable[[Any], Positions]
-) -> RemovableHandle:
-    def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
+# A reader of the model's arguments is an object, not a closure: a model that carries it can be
+# pickled, and spawned with.
+
+
+@dataclass(frozen=True)
+class _ByFunction:
+    """What a function of the user's says of the model's arguments."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _ByArguments:
+    """What is read off the arguments, found by name."""
+
+    read: Callable[[_Arguments], Any]
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+        return self.read(_Arguments(inspect.signature(model.forward), args, kwargs))
+
+
+@dataclass(frozen=True)
+class _NamedMask:
+    """The padding mask that an argument holds: True for a real token."""
+
+    name: str
+
+    def __call__(self, arguments: _Arguments) -> Tensor | None:
+        mask = arguments.get(self.name)
+        if mask is None:
+            if self.name in arguments.parameters:
+                return None
+            raise ValueError(f"attach_padding: the model was called without '{self.name}'.")
+        of_padding = self.name.endswith("key_padding_mask")
+        if mask.is_floating_point():
+            return mask.isneginf().logical_not() if of_padding else mask != 0
+        return ~mask.bool() if of_padding else mask.bool()
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """Says of a model's parts, when it is called in a curvature step, what was read."""
+
+    read: Callable[[nn.Module, Any, Any], Any]
+    make: Callable[[Any], Positions]
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         record = current_record()
         if record is None:  # nobody computes curvature
             return
-        said = compute(*args, **kwargs)
+        said = self.read(model, args, kwargs)
         if said is None:
             return
-        positions = said if isinstance(said, Positions) else make(said)
-        for part in module.modules():
+        positions = said if isinstance(said, Positions) else self.make(said)
+        for part in model.modules():
             before = record.positions.get(part)
             if before is None or before is positions_of(part):
                 record.positions[part] = positions
@@ -127,7 +154,17 @@ def _attach(
                     "...})."
                 )
 
-    return model.register_forward_pre_hook(before_forward, with_kwargs=True)
+
+def _attach(
+    model: nn.Module,
+    read: Callable[[nn.Module, Any, Any], Any],
+    make: Callable[[Any], Positions],
+) -> RemovableHandle:
+    return unwrapped(model).register_forward_pre_hook(_Hook(read, make), with_kwargs=True)
+
+
+def _segments_of(said: Mapping[str, Any]) -> Positions:
+    return make_positions(**said)
 
 
 class _Arguments:
@@ -136,6 +173,7 @@ class _Arguments:
     """
 
     def __init__(self, signature: inspect.Signature, args: Any, kwargs: Any) -> None:
+        self.parameters = signature.parameters
         bound = signature.bind(*args, **kwargs)
         self.named = dict(bound.arguments)
         for parameter in signature.parameters.values():
@@ -199,4 +237,11 @@ def _from_jraph(arguments: _Arguments) -> dict[str, Any]:
     }
 
 
-_SOURCES = {"pyg": _from_pyg, "jraph": _from_jraph}
+def _from_either(arguments: _Arguments) -> dict[str, Any] | None:
+    """Those of whatever graphs the arguments are; ``None`` for anything else."""
+    if arguments.get("n_node") is not None and arguments.get("n_edge") is not None:
+        return _from_jraph(arguments)
+    return None if arguments.get("edge_index") is None else _from_pyg(arguments)
+
+
+_SOURCES = {"pyg": _from_pyg, "jraph": _from_jraph, "auto": _from_either}

@@ -41,6 +41,7 @@ from .plan import Plan
 from .positions import take_positions
 from .read_loss import LossObserver, LossTerms, read_loss
 from .unseen import UnseenReport, check_any_called
+from .unwrap import unwrapped
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
 
@@ -163,6 +164,7 @@ class WeightSharingFisherMaker(FisherMaker):
     _loss_reduction = None  # the user's loss is evaluated as it is
 
     def __init__(self, model: nn.Module, config: FisherConfig) -> None:
+        model = unwrapped(model)
         super().__init__(model, config)
         check_config(model, config)
         self.plan = Plan(
