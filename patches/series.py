@@ -27,7 +27,7 @@ ADDED = {
     3: ["nvtx"],
     4: ["output_grads", "read_loss"],
     5: ["matrices"],
-    6: ["grad_maker", "_version"],
+    6: ["attach", "grad_maker", "_version"],
 }
 
 DATE = "2026-01-01T00:00:00Z"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,19 +23,20 @@ from ..weight_sharing import factors
 from ..weight_sharing.arrange import arrange
 from ..weight_sharing.batch import Batch
 from ..weight_sharing.blocks import LinearBlock
-from ..weight_sharing.capture import Captured, Layer, recording
-from ..weight_sharing.count import count_examples
+from ..weight_sharing.capture import Captured, Layer
 from ..weight_sharing.errors import LayerError, layer_message
 from ..weight_sharing.fisher_maker import (
     check_captured,
     check_config,
     declared_reduction,
     read_terms,
+    recording_of,
 )
+from ..weight_sharing.live import live_record
 from ..weight_sharing.operate import Estimate, exact_passes
 from ..weight_sharing.operations import WeightSharingOperation, completed
 from ..weight_sharing.plan import Plan
-from ..weight_sharing.positions import take_positions
+from ..weight_sharing.probe import counted
 from ..weight_sharing.ragged import Ragged
 from ..weight_sharing.read_loss import LossObserver
 from ..weight_sharing.registry import find_operation
@@ -282,20 +284,22 @@ class Comparison:
         config, layers = self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
         terms = read_terms(captured, config.fisher_type, config.loss_type)
-        count = count_examples(layers, self.plan.layouts, captured)
+        count, evidence = counted(self.plan, layers, captured, terms)
         self.plan.decide(terms.num_rows, count.num_logits_of_examples)
-        arranged = arrange(self.plan, layers, captured.record, count)
+        record = live_record(captured.record, layers, terms.logits, self.plan.layouts.without_batch)
+        arranged = arrange(self.plan, layers, record, count, evidence)
         collectors = {module: _Collector(block) for module, block in self.blocks.items()}
         batch = Batch(
             self.model,
             self.plan,
             layers,
-            captured.record,
+            record,
             arranged,
             count.num_examples,
             1.0,
             operations=collectors,
         )
+        captured = replace(captured, record=record)
         self.num_examples += count.num_examples
         estimate = Estimate(config.fisher_type, config.loss_type, config.var)
         with factors.full_precision():
@@ -310,13 +314,12 @@ class Comparison:
     def _capture(
         self, logits: Callable[[Any], Any], loss: Any, args: Any, kwargs: Any, targets: Any
     ) -> Captured:
-        said, layers = take_positions(self.model), self.plan.layers
-        with recording(layers, self.plan.check_call, positions=said) as record:
+        with recording_of(self.plan) as record:
             output = logits(self.model(*args, **kwargs))
         with LossObserver() as observer:
             value = loss(output, targets)
         if not record.calls:
-            for layer in layers:
+            for layer in self.plan.layers:
                 no_graph = layer.module in record.without_graph
                 self.blocks[layer.module].unseen = (
                     "ran without an autograd graph" if no_graph else "was not called"

@@ -97,25 +97,14 @@ class Survey:
         self.input_sizes: dict[nn.Module, tuple[int, ...]] = {}
         self.refused = refused
         leaves: list[Tensor] = []
-        handles = []
-        try:
-            for module in model.modules():
-                if parameters_of(module) and not isinstance(module, torch.jit.ScriptModule):
-                    handles.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
-            args, kwargs = _traced(args, leaves), _traced(kwargs, leaves)
-            said = take_positions(model)
-            with recording(plan.layers, plan.check_call, self._refuse, said) as self.record:
-                output = model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        args, kwargs = _traced(args, leaves), _traced(kwargs, leaves)
+        output = self._call(model, plan, args, kwargs)
         logits = logits_of(output)
         if logits is None:
             kind = type(output).__name__
             raise TypeError(
                 f"There is no tensor of floating-point numbers in the model's output, {kind}."
             )
-        self.logits = logits
         self.graph = Graph(_tensors(output))
         inputs = list(_tensors([args, kwargs]))
         found = self.graph.depending_on(leaves) if len(leaves) == len(inputs) else set()
@@ -128,6 +117,20 @@ class Survey:
         rows, n = num_rows(logits), self.count.num_examples
         self.setting = "reduce" if rows <= n else "expand"
         plan.decide(rows, n)
+
+    def _call(self, model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> Any:
+        """The model's output, with every call seen."""
+        handles = []
+        try:
+            for module in model.modules():
+                if parameters_of(module) and not isinstance(module, torch.jit.ScriptModule):
+                    handles.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
+            said = take_positions(model)
+            with recording(plan.layers, plan.check_call, self._refuse, said) as self.record:
+                return model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _count(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.calls[module] = self.calls.get(module, 0) + 1

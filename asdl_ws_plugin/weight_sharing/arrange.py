@@ -7,7 +7,7 @@ of them at once would not fit beside the factors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,70 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from . import factors
+from .arrangement import Arrangement, batched
 from .capture import Call, Layer, Record
 from .count import Count
 from .errors import LayerError
-from .layout import Finding, examples_first, find_layout, find_role
+from .evidence import Touched, checked_by_graph
+from .layout import Finding, find_layout, find_role
+from .operations import EXPAND
+from .padded import dense_coat, masked
 from .plan import Plan
 from .positions import GRAPH, Positions, WeightSharingLinear
 from .ragged import Mask, Ragged, Segments
-from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
-__all__ = ["Arranged", "Arrangement", "arrange", "arrange_layer", "arranged_input"]
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """How one call's tensors become ``(N, R, P)``, or rows that belong to segments.
-
-    Attributes:
-        finding: their layout, and how it was found.
-        num_examples: N.
-        sizes: their leading sizes, features left out.
-        dims: trailing dimensions that are features.
-        channel_dims: of a layer whose features are dimension 1, how many dimensions a single
-            example has; 0 for all others.
-        ragged: which example each position belongs to, where that differs by example.
-        masks: the names of the padding masks that fit.
-        length: of the sequences that a mask was looked for.
-    """
-
-    finding: Finding
-    num_examples: int
-    sizes: torch.Size
-    dims: int = 1
-    channel_dims: int = 0
-    ragged: Ragged | None = None
-    masks: tuple[str, ...] = ()
-    length: int | None = None
-
-    @property
-    def layout(self) -> str:
-        """``'batch_first'`` or ``'sequence_first'``."""
-        return self.finding.layout
-
-    @property
-    def R(self) -> float:
-        """Positions of an example; of ragged ones the mean."""
-        if self.ragged is not None:
-            return self.ragged.num_positions / max(1, self.num_examples)
-        return self.sizes.numel() / self.num_examples
-
-    def features_last(self, x: Tensor) -> Tensor:
-        """The layer's input or output with a dimension for the batch, and one for the features: the
-        last.
-        """
-        if self.channel_dims:
-            x = _batched(x, self.channel_dims).movedim(1, -1)
-        elif x.ndim == self.dims:
-            x = x.unsqueeze(0)
-        return x.flatten(-self.dims) if self.dims > 1 else x
-
-    def apply(self, x: Tensor) -> Tensor:
-        """``(*sizes, P)`` to ``(N, R, P)``, or to rows ``(ΣR_n, P)`` of segments."""
-        if isinstance(self.ragged, Segments):
-            return x.reshape(-1, x.shape[-1])
-        return examples_first(x, self.num_examples, self.layout)
+__all__ = ["Arranged", "arrange", "arrange_layer", "arranged_input", "frame"]
 
 
 @dataclass(frozen=True)
@@ -112,16 +61,23 @@ class Arranged:
 
 
 def arrange(
-    plan: Plan, layers: Sequence[Layer], record: Record, count: Count
+    plan: Plan,
+    layers: Sequence[Layer],
+    record: Record,
+    count: Count,
+    evidence: Mapping[tuple[nn.Module, int], Touched] | None = None,
 ) -> dict[nn.Module, Arranged]:
     """How the tensors of all layers that were called are arranged; what was found of their layouts
     is kept in the plan.
+
+    Args:
+        evidence: what a probe of the autograd graph saw of the calls.
 
     Raises a LayerError for tensors that fit no layout, or not what was said of them; a ValueError
     if a padding mask is of no layer.
     """
     arranged = {
-        layer.module: arrange_layer(plan, layer, record.calls[layer.module], count)
+        layer.module: arrange_layer(plan, layer, record.calls[layer.module], count, evidence)
         for layer in layers
         if layer.module in record.calls
     }
@@ -130,13 +86,20 @@ def arrange(
     return arranged
 
 
-def arrange_layer(plan: Plan, layer: Layer, calls: Sequence[Call], count: Count) -> Arranged:
+def arrange_layer(
+    plan: Plan,
+    layer: Layer,
+    calls: Sequence[Call],
+    count: Count,
+    evidence: Mapping[tuple[nn.Module, int], Touched] | None = None,
+) -> Arranged:
     """How the tensors of one layer's calls are arranged; what was found is kept in the plan."""
     found: list[Arrangement] = []
-    for i, call in enumerate(calls):
-        arrangement = _arrange_call(plan, layer, i, call, count)
-        plan.layouts.note(layer.name, call.module, i, arrangement.sizes, arrangement.finding)
-        found.append(arrangement)
+    for call in calls:
+        touched = (evidence or {}).get((layer.module, call.index))
+        how = _arrange_call(plan, layer, call, count, touched)
+        plan.layouts.note(layer.name, call.module, call.index, how.sizes, how.finding)
+        found.append(how)
     return _agreed(found, [call.unmodified_input(layer.name).device for call in calls])
 
 
@@ -150,7 +113,7 @@ def arranged_input(layer: Layer, call: Call, how: Arrangement, operation: Any, a
     module, n = call.module, how.num_examples
     x = call.unmodified_input(layer.name)
     if isinstance(module, nn.Conv2d):
-        x = _batched(x, how.channel_dims)
+        x = batched(x, how.channel_dims)
         # A tied module may be of another stride or dilation than the operation's.
         if not alone or module is not layer.module:
             return how.apply(factors.patches(x, module))
@@ -162,32 +125,31 @@ def arranged_input(layer: Layer, call: Call, how: Arrangement, operation: Any, a
     return how.apply(operation.prepare_in_data(module, x))
 
 
-def _batched(x: Tensor, single: int) -> Tensor:
-    return x.unsqueeze(0) if x.ndim == single else x
-
-
 # ----------------------------------------------------------------------------------------- one call
 
 
-def _arrange_call(plan: Plan, layer: Layer, i: int, call: Call, count: Count) -> Arrangement:
+def _arrange_call(
+    plan: Plan, layer: Layer, call: Call, count: Count, touched: Touched | None
+) -> Arrangement:
     """How one call's tensors are arranged. Changes nothing."""
     module, n = call.module, count.num_examples
-    x = call.unmodified_input(layer.name)
     if isinstance(module, nn.Conv2d):
-        return _arrange_images(layer, call, n)
-    how = Arrangement(Finding(), n, x.shape, plan.num_feature_dims(layer, module))
-    if plan.has_channels_first(module):
-        how = replace(how, channel_dims=3 if isinstance(layer.module, nn.BatchNorm2d) else 1)
-    sizes = _leading(x.shape, module, how)
-    how = replace(how, sizes=sizes)
+        return _arrange_images(plan, layer, call, n, touched)
+    how = frame(plan, layer, call, n)
+    sizes = how.sizes
     said = count.positions.get(module)
-    if said is not None and said.roles:
-        return _arrange_rows(plan, layer, i, call, how, said)
+    if said is not None and said.roles and not _has_mask(how, said):
+        return _arrange_rows(plan, layer, call, how, said, touched)
     _check_rows_are_known(layer, module, sizes, said, n)
     # Images are batch first, of whatever height.
     if not (how.channel_dims and sizes[0] % n == 0):
-        how = replace(how, finding=find_layout(layer.name, module, sizes, n, plan.layouts))
-    return _masked(layer, module, how, said) if said is not None and said.masks else how
+        finding = find_layout(layer.name, module, sizes, n, plan.layouts)
+        finding = checked_by_graph(layer.name, module, finding, sizes, n, touched, plan.layouts)
+        how = replace(how, finding=finding)
+        _check_no_guess(plan, layer, module, how, count)
+    if said is None or not said.masks:
+        return how
+    return masked(layer.name, call, how, said, touched, plan.layouts)
 
 
 def _leading(shape: torch.Size, module: nn.Module, how: Arrangement) -> torch.Size:
@@ -202,8 +164,23 @@ def _leading(shape: torch.Size, module: nn.Module, how: Arrangement) -> torch.Si
     return shape[: -how.dims]
 
 
-def _arrange_images(layer: Layer, call: Call, num_examples: int) -> Arrangement:
-    x = call.unmodified_input(layer.name)
+def frame(plan: Plan, layer: Layer, call: Call, num_examples: int) -> Arrangement:
+    """A call's leading sizes and what of its tensors are features; the layout is left open."""
+    module, x = call.module, call.unmodified_input(layer.name)
+    if isinstance(module, nn.Conv2d):
+        count = x.shape[0] if x.ndim > 3 else 1
+        sizes = torch.Size((count, *call.out_shape[-2:]))
+        return Arrangement(Finding(leading=count), num_examples, sizes, 1, 3)
+    how = Arrangement(Finding(), num_examples, x.shape, plan.num_feature_dims(layer, module))
+    if plan.has_channels_first(module):
+        how = replace(how, channel_dims=3 if isinstance(layer.module, nn.BatchNorm2d) else 1)
+    return replace(how, sizes=_leading(x.shape, module, how))
+
+
+def _arrange_images(
+    plan: Plan, layer: Layer, call: Call, num_examples: int, touched: Touched | None
+) -> Arrangement:
+    x, how = call.unmodified_input(layer.name), frame(plan, layer, call, num_examples)
     sizes = x.shape if x.ndim > 3 else torch.Size((1, *x.shape))
     if sizes[0] % num_examples:
         raise LayerError(
@@ -211,19 +188,62 @@ def _arrange_images(layer: Layer, call: Call, num_examples: int) -> Arrangement:
             f"the first of its input's sizes {tuple(sizes)} does not match the {num_examples} "
             "examples of the batch",
         )
-    positions = torch.Size((sizes[0], *call.out_shape[-2:]))
-    return Arrangement(Finding(leading=sizes[0]), num_examples, positions, 1, 3)
+    if sizes[0] != num_examples:
+        checked_by_graph(
+            layer.name,
+            call.module,
+            how.finding,
+            how.sizes[:1],
+            num_examples,
+            None if touched is None else touched.of_images(),
+            plan.layouts,
+        )
+    return how
+
+
+def _check_no_guess(
+    plan: Plan, layer: Layer, module: nn.Module, how: Arrangement, count: Count
+) -> None:
+    """Refuse rows of a guessed number of examples where it matters which rows are one example's."""
+    rows, n = how.sizes[0], count.num_examples
+    if not count.is_guess or len(how.sizes) > 1 or rows == n:
+        return
+    if plan.strategy_of(layer) == EXPAND or plan.layouts.given(module) is not None:
+        return
+    raise LayerError(
+        layer.name,
+        f"it is not known how its {rows} rows and the {rows} logits belong to the {n} examples of "
+        "the model's first input",
+        f"Say it by a rule in shared_dim: ('{layer.name}', 'batch_first') for {rows // n} "
+        f"consecutive rows of each example, ('{layer.name}', 'sequence_first') for {rows // n} "
+        "times all examples, as torch.cat makes them of two views of a batch.",
+    )
+
+
+def _has_mask(how: Arrangement, said: Positions) -> bool:
+    """Whether a layer of a graph model sees sequences that have a padding mask."""
+    sizes = how.sizes
+    lengths = {mask.mask.shape[1] for mask in said.masks.values()}
+    return len(sizes) > 1 and sizes[0] == how.num_examples and sizes[1] in lengths
 
 
 def _arrange_rows(
-    plan: Plan, layer: Layer, i: int, call: Call, how: Arrangement, said: Positions
+    plan: Plan,
+    layer: Layer,
+    call: Call,
+    how: Arrangement,
+    said: Positions,
+    touched: Touched | None,
 ) -> Arrangement:
-    """Rows of segments."""
+    """Rows of segments, or such rows in a dense coat."""
     assert call.in_data is not None
+    padded = dense_coat(call, how, said, touched, plan.layouts)
+    if padded is not None:
+        return padded
     rows, role = find_role(
         layer.name,
         call.module,
-        i,
+        call.index,
         how.sizes[0],
         said.roles,
         plan.layouts,
@@ -248,56 +268,6 @@ def _check_rows_are_known(
         f"it is not known which example each of its {sizes[0]} rows belongs to",
         "Say it with segments(model, ...), attach_segments, or the layer's set_segments.",
     )
-
-
-# ------------------------------------------------------------------------------------------ padding
-
-
-def _masked(layer: Layer, module: nn.Module, how: Arrangement, said: Positions) -> Arrangement:
-    """With the padding mask of sequences of this length, repeated for further positions of each
-    token.
-    """
-    sizes, n = how.sizes, how.num_examples
-    if how.layout == SEQUENCE_FIRST and len(sizes) > 1:
-        length, times = sizes[0], sizes[2:].numel()
-    elif sizes[0] == n and len(sizes) > 1:
-        length, times = sizes[1], sizes[2:].numel()
-    else:
-        length, times = sizes[0] // n, sizes[1:].numel()
-    found = {name: mask for name, mask in said.masks.items() if mask.mask.shape[1] == length}
-    role = getattr(module, "role", None)
-    if role in found:
-        found = {role: found[role]}
-    if not found:
-        _check_not_merged(layer, how, said)
-        return replace(how, length=length)
-    mask = next(iter(found.values()))
-    if any(not torch.equal(mask.mask, other.mask) for other in found.values()):
-        raise LayerError(
-            layer.name,
-            f"the padding masks {', '.join(map(repr, found))} all have its length {length}",
-            "Pad them to different lengths, or give the layer a role of that name with "
-            "convert(model, roles=...).",
-        )
-    return replace(how, ragged=mask.repeated(times), masks=tuple(found), length=length)
-
-
-def _check_not_merged(layer: Layer, how: Arrangement, said: Positions) -> None:
-    """Refuse positions that may be those of a mask, in the batch's dimension."""
-    sizes, n = how.sizes, how.num_examples
-    if how.layout != BATCH_FIRST or sizes[0] == n:
-        return
-    total = sizes.numel() // n
-    for name, mask in said.masks.items():
-        expected = mask.mask.shape[1]
-        if expected > 1 and total % expected == 0:
-            raise LayerError(
-                layer.name,
-                f"its input merges {total} positions of each example into the batch, and it is not "
-                f"clear which of them are padding by the mask '{name}' of sizes ({n}, {expected})",
-                f"Is the mask that of this batch? Call the layer with (N, {expected}, ...), or "
-                f"leave it out with ignore_modules=['{layer.name}'].",
-            )
 
 
 def _check_masks(calls: Sequence[Arrangement], count: Count) -> None:
@@ -328,10 +298,12 @@ def _agreed(calls: list[Arrangement], devices: Sequence[torch.device]) -> Arrang
     parts: list[Any] = []
     if any(isinstance(call.ragged, Segments) for call in calls):
         for k, (call, device) in enumerate(zip(calls, devices, strict=True)):
-            if call.ragged is None:  # dense after all
-                index = torch.arange(call.num_examples, device=device)
-                index = index.repeat_interleave(call.sizes.numel() // call.num_examples)
-                calls[k] = replace(call, ragged=Segments(index, num_examples=call.num_examples))
+            if not isinstance(call.ragged, Segments):  # dense after all, or in a dense coat
+                n = call.num_examples
+                index = torch.arange(n, device=device)
+                index = index.repeat_interleave(call.sizes.numel() // n)
+                mask = call.ragged.mask.flatten() if isinstance(call.ragged, Mask) else None
+                calls[k] = replace(call, ragged=Segments(index, num_examples=n, mask=mask))
             parts.append(calls[k].ragged)
         return Arranged(tuple(calls), Segments.cat(parts))
     for call, device in zip(calls, devices, strict=True):

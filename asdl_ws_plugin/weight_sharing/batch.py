@@ -5,7 +5,7 @@ backward pass.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from .capture import Call, Layer, Record, last_nodes
 from .errors import LayerError, LayerRuntimeError
 from .plan import Plan
 from .ragged import Mask, Segments
+from .send_back import receiving, send_back
 
 __all__ = ["Batch"]
 
@@ -100,7 +101,8 @@ class Batch:
         reasons = {}
         for layer in self.layers:
             if layer.module not in self.record.calls:
-                reasons[layer.module] = "was not called"
+                reason = self.record.absent.get(layer.module, "was not called")
+                reasons[layer.module] = reason
             elif layer.module not in self._with_grads:
                 reasons[layer.module] = (
                     "does not influence the logits, which are the model's first output unless "
@@ -146,59 +148,30 @@ class Batch:
         self, outputs: Tensor, grad_outputs: Tensor | None, retain_graph: bool
     ) -> None:
         """One backward pass that stops at the layers' outputs: no weight gradient is computed."""
-        calls = [
-            (layer, i, call)
-            for layer in self.layers
-            for i, call in enumerate(self.record.calls.get(layer.module, ()))
-        ]
         if not outputs.requires_grad:
             raise RuntimeError(
                 "The logits do not depend on any parameter that requires a gradient."
             )
-        # Autograd is asked for the last gradients only. It passes the others on its way, and they
-        # are taken there, one after the other: asking for them would keep all of them until the
-        # pass is over.
+        calls = self._calls()
         if self._last is None or self._last[0] is not outputs:
-            self._last = outputs, last_nodes(outputs, {call.edge.node for _, _, call in calls})
-        last = [call for call in calls if call[2].edge.node in self._last[1]]
-        if not last:
-            return
-        with (
-            _naming_reentrant(self.layers, self.record),
-            self.taking_output_grads(leave_out=self._last[1]),
-        ):
-            grads = torch.autograd.grad(
-                outputs,
-                [call.edge for _, _, call in last],
-                grad_outputs,
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-        for (layer, i, _), grad in zip(last, grads, strict=True):
-            self._receive(layer, i, grad)
+            self._last = outputs, last_nodes(outputs, {call.edge.node for _, call in calls})
+        with _naming_reentrant(self.layers, self.record):
+            send_back(outputs, grad_outputs, calls, self._receive, self._last[1], retain_graph)
 
-    @contextlib.contextmanager
-    def taking_output_grads(self, leave_out: Container[Node] = ()) -> Iterator[None]:
+    def taking_output_grads(self) -> contextlib.AbstractContextManager[None]:
         """Take the gradients of the layers' outputs out of a backward pass as it gets there."""
-        handles = []
+        return receiving(self._calls(), self._receive)
 
-        def hook(
-            layer: Layer, i: int, output_nr: int
-        ) -> Callable[[tuple[Tensor | None, ...]], None]:
-            return lambda grads: self._receive(layer, i, grads[output_nr])
+    def _calls(self) -> list[tuple[tuple[Layer, int], Call]]:
+        """Every call, by its layer and its number among those of the layer."""
+        return [
+            ((layer, i), call)
+            for layer in self.layers
+            for i, call in enumerate(self.record.calls.get(layer.module, ()))
+        ]
 
-        try:
-            for layer in self.layers:
-                for i, call in enumerate(self.record.calls.get(layer.module, ())):
-                    node = call.edge.node
-                    if node not in leave_out:
-                        handles.append(node.register_prehook(hook(layer, i, call.edge.output_nr)))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _receive(self, layer: Layer, i: int, grad: Tensor | None) -> None:
+    def _receive(self, key: tuple[Layer, int], grad: Tensor | None) -> None:
+        layer, i = key
         module = layer.module
         calls = self.record.calls[module]
         if len(calls) == 1:

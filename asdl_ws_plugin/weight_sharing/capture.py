@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from .errors import LayerRuntimeError, LayerTypeError
+from .lineage import Lineage, tracing
 from .torch_private import base_of, eagerly, version_of
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "first_tensor",
     "last_nodes",
     "output_edge",
+    "reached_nodes",
     "recording",
 ]
 
@@ -42,7 +44,8 @@ class Call:
     ``out_shape``, arrives.
 
     ``module`` is the one of the layer's modules that was called: modules of one weight may differ
-    in all else.
+    in all else. ``index`` is the number of the call among the layer's in this forward pass, and
+    ``from_input`` says whether its input depends on the model's; ``None`` where that is not known.
     """
 
     module: nn.Module
@@ -50,6 +53,8 @@ class Call:
     out_shape: torch.Size
     edge: GradientEdge
     version: int
+    index: int = 0
+    from_input: bool | None = None
 
     def unmodified_input(self, name: str) -> Tensor:
         """The layer's input. Raises a RuntimeError if it was modified in place after the call."""
@@ -92,11 +97,15 @@ class Record:
         calls: the calls of each layer.
         without_graph: the layers that ran outside of autograd.
         positions: what was said of the rows of each module, before the model ran and while it did.
+        lineage: what depends on the model's arguments, if that is looked at.
+        absent: the layers that were called, and have nothing to take part in the step with; why.
     """
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
     without_graph: set[nn.Module] = field(default_factory=set)
     positions: dict[nn.Module, Any] = field(default_factory=dict)
+    lineage: Lineage | None = None
+    absent: dict[nn.Module, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,13 @@ def last_nodes(outputs: Tensor, nodes: set[Node]) -> set[Node]:
 
     A pass that computes the gradients there runs through all others that it reaches.
     """
+    return reached_nodes(outputs, nodes)[1]
+
+
+def reached_nodes(outputs: Tensor, nodes: set[Node]) -> tuple[set[Node], set[Node]]:
+    """Those of ``nodes`` that a backward pass from ``outputs`` reaches, and those behind which it
+    meets no other of them.
+    """
     last: set[Node] = set()
     meets: dict[
         Node, bool
@@ -155,7 +171,7 @@ def last_nodes(outputs: Tensor, nodes: set[Node]) -> set[Node]:
                 for other, _ in node.next_functions
                 if other is not None and other not in meets
             ]
-    return last
+    return nodes & meets.keys(), last
 
 
 def output_edge(out: Tensor) -> GradientEdge:
@@ -224,6 +240,7 @@ def recording(
     check: Callable[[Layer, nn.Module, Tensor, Tensor], GradientEdge | None] | None = None,
     on_refusal: Callable[[Layer, Exception], None] | None = None,
     positions: Mapping[nn.Module, Any] | None = None,
+    traced: nn.Module | None = None,
 ) -> Iterator[Record]:
     """Record the calls of these layers while the context is open.
 
@@ -236,6 +253,7 @@ def recording(
             layer's output gradient arrives; ``None``: at the module's output.
         on_refusal: is handed the error of a call that cannot be recorded, instead of raising it.
         positions: what was said of the rows of modules before.
+        traced: the model, if it is to be seen which inputs depend on its own.
     """
     record = Record(positions=dict(positions or {}))
     handles = []
@@ -245,7 +263,10 @@ def recording(
                 hook = _recorder(record, layer, name, module, check, on_refusal)
                 # First of all hooks: the user's own may replace the output.
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
-        with eagerly():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(eagerly())
+            if traced is not None:
+                record.lineage = stack.enter_context(tracing(traced))
             _records.append(record)
             yield record
     finally:
@@ -272,10 +293,17 @@ def _recorder(
             return
         in_data = first_tensor(name, module, "arguments", args or kwargs)
         edge = None if check is None else check(layer, module, in_data, out)
+        calls = record.calls.setdefault(layer.module, [])
         call = Call(
-            module, in_data.detach(), out.shape, edge or output_edge(out), version_of(in_data)
+            module,
+            in_data.detach(),
+            out.shape,
+            edge or output_edge(out),
+            version_of(in_data),
+            len(calls),
+            None if record.lineage is None else record.lineage.from_input(in_data),
         )
-        record.calls.setdefault(layer.module, []).append(call)
+        calls.append(call)
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         try:

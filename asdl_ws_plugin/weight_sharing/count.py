@@ -7,7 +7,9 @@ model's first tensor tell N.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +32,13 @@ class Count:
     Attributes:
         num_examples: N.
         positions: what was said of the rows of a module, by module.
+        is_guess: N is the first size of the model's first tensor, and nothing but that it divides
+            the number of logits speaks for it.
     """
 
     num_examples: int
     positions: dict[nn.Module, Positions] = field(default_factory=dict)
+    is_guess: bool = False
 
     @property
     def num_logits_of_examples(self) -> int:
@@ -85,8 +90,19 @@ def count_examples(layers: list[Layer], book: LayoutBook, captured: Captured) ->
     }
     if positions:
         return _agreed(layers, positions, logits)
-    sizes = _declared_sequence_first(layers, book, record)
-    return Count(infer_num_examples(row_sizes(logits), leading_sizes(captured.inputs), sizes))
+    sequence_first = _declared_sequence_first(layers, book, record)
+    inputs = list(all_sizes(captured.inputs))
+    n = infer_num_examples(row_sizes(logits), inputs[0] if inputs else None, sequence_first)
+    if logits.ndim != 2 or n == logits.shape[0] or sequence_first is not None:
+        return Count(n)
+    # The logits are flattened, or the first tensor is not the batch.
+    seen = [tuple(x.shape[:-1]) for x in _inputs_of(layers, record)]
+    rows = logits.shape[0]
+    if any(_flattens_to(sizes, n, rows) for sizes in (*inputs, *seen)):
+        return Count(n)
+    if any(sizes[0] == rows for sizes in inputs[1:]):
+        return Count(rows)
+    return Count(n, is_guess=not any(n in sizes[:2] for sizes in seen if len(sizes) > 1))
 
 
 def _declared_sequence_first(
@@ -104,17 +120,33 @@ def _declared_sequence_first(
     return next((tuple(x.shape[:-1]) for x in list(inputs) if x.ndim > 2), None)
 
 
+def _inputs_of(layers: list[Layer], record: Record) -> Iterator[Tensor]:
+    for layer in layers:
+        for call in record.calls.get(layer.module, ()):
+            yield call.unmodified_input(layer.name)
+
+
+def _flattens_to(sizes: Sequence[int], num_examples: int, rows: int) -> bool:
+    """Whether a tensor of these sizes has one row of the logits for each of its leading indices."""
+    products = itertools.accumulate(sizes, operator.mul)
+    return num_examples in sizes[:2] and len(sizes) > 1 and rows in list(products)[1:]
+
+
+def all_sizes(value: Any) -> Iterator[tuple[int, ...]]:
+    """The sizes of the tensors with at least one dimension in a nest of arguments."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield tuple(value.shape)
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from all_sizes(item)
+
+
 def leading_sizes(value: Any) -> tuple[int, ...] | None:
     """The sizes of the first tensor with at least one dimension in a nest of arguments; ``None`` if
     there is none.
     """
-    if isinstance(value, Tensor):
-        return tuple(value.shape) if value.ndim else None
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return next((sizes for item in value if (sizes := leading_sizes(item))), None)
-    return None
+    return next(all_sizes(value), None)
 
 
 def infer_num_examples(

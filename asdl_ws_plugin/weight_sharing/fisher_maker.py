@@ -18,7 +18,8 @@ anywhere leaves nothing.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,14 +32,16 @@ from torch import Tensor, nn
 
 from .arrange import arrange
 from .batch import Batch
-from .capture import Captured, recording
+from .capture import Captured, Record, recording
 from .commit import commit, commit_products, invert
-from .count import Count, count_examples
+from .count import Count
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var
+from .live import live_record
 from .logits import SELECT_LOGITS, logits_of
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .positions import take_positions
+from .probe import counted
 from .read_loss import LossObserver, LossTerms, read_loss
 from .unseen import UnseenReport, check_any_called
 from .unwrap import unwrapped
@@ -261,8 +264,7 @@ class WeightSharingFisherMaker(FisherMaker):
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
         # A loss given by its representation may have been computed inside of the model.
         watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
-        said = take_positions(self.model)
-        with recording(self.plan.layers, self.plan.check_call, positions=said) as record, watch:
+        with recording_of(self.plan) as record, watch:
             self.call_model()
         if has_loss:
             with observer:
@@ -291,15 +293,16 @@ class WeightSharingFisherMaker(FisherMaker):
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
         terms = read_terms(captured, config.fisher_type, config.loss_type)
-        count = count_examples(layers, plan.layouts, captured)
+        count, evidence = counted(plan, layers, captured, terms)
         plan.decide(terms.num_rows, count.num_logits_of_examples)
         scale_A, scale_B = step.scales(terms, count, captured.loss is not None)
-        arranged = arrange(plan, layers, captured.record, count)
+        record = self._live(captured, terms)
+        arranged = arrange(plan, layers, record, count, evidence)
         batch = Batch(
             self.model,
             plan,
             layers,
-            captured.record,
+            record,
             arranged,
             count.num_examples,
             scale_A,
@@ -307,17 +310,26 @@ class WeightSharingFisherMaker(FisherMaker):
             step.vec,
         )
         scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
+        captured = replace(captured, record=record)
         operate(
             batch, captured, terms, count, self._estimate(), scale_B, with_grad=step.calc_loss_grad
         )
         self.unseen = batch.unseen()
-        self._unseen_report.report(layers, captured.record, self.unseen)
+        self._unseen_report.report(layers, record, self.unseen)
         if step.fvp:
             commit_products(batch, self.unseen, config.fvp_attr)
         else:
             decay = self.decay if step.accumulate else None
             commit(batch, self.unseen, config.fisher_attr, decay)
         self.draws += 1
+        plan.note_absent(record.absent)
+
+    def _live(self, captured: Captured, terms: LossTerms) -> Record:
+        outputs = captured.loss if self.is_fisher_emp else terms.logits
+        assert outputs is not None
+        return live_record(
+            captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
+        )
 
     def _estimate(self) -> Estimate:
         config = self.config
@@ -358,6 +370,18 @@ def read_terms(captured: Captured, fisher_type: str, loss_type: str | None) -> L
             "positive. Use fisher_type='fisher_emp', the second moment of its gradients."
         )
     return terms
+
+
+@contextlib.contextmanager
+def recording_of(plan: Plan) -> Iterator[Record]:
+    """Record a forward pass of the plan's model while the context is open.
+
+    The first batch's is also followed from the model's arguments on.
+    """
+    said = take_positions(plan.model)
+    traced = None if plan.layouts.is_probed else plan.model
+    with recording(plan.layers, plan.check_call, positions=said, traced=traced) as record:
+        yield record
 
 
 def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from .rules import BATCH_FIRST, LAYOUTS, SEQUENCE_FIRST
 __all__ = [
     "Finding",
     "LayoutBook",
+    "MaskOf",
     "declared_layout",
     "examples_first",
     "find_layout",
@@ -68,6 +70,16 @@ def examples_first(x: Tensor, num_examples: int, layout: str) -> Tensor:
     return x.transpose(0, 1).reshape(num_examples, -1, features)
 
 
+class MaskOf(NamedTuple):
+    """A padding mask by name, and how many real positions a layer has in front of its own, as class
+    tokens are, and behind.
+    """
+
+    name: str
+    before: int = 0
+    after: int = 0
+
+
 @dataclass(frozen=True)
 class Finding:
     """What the sizes of one call say.
@@ -80,6 +92,8 @@ class Finding:
             the batch, for their number alone.
         leading: the first size, where the other dimensions show what it stands for.
         role: of ragged rows, the only role that has so many; empty otherwise.
+        mask: which padding mask is the layer's.
+        settles_mask: whether that is kept for later batches.
     """
 
     layout: str = BATCH_FIRST
@@ -88,6 +102,8 @@ class Finding:
     is_merged: bool = False
     leading: int | None = None
     role: str = ""
+    mask: MaskOf | None = None
+    settles_mask: bool = False
 
 
 class LayoutBook:
@@ -97,6 +113,10 @@ class LayoutBook:
     Attributes:
         rule, declared, settled: module -> layout.
         roles: (module, number of the call) -> the role of its rows.
+        without_batch: the calls (layer's module, number) whose input is no batch.
+        masks: (module, number of the call) -> which padding mask is its, if its length does not say
+            it; ``None``: nothing is padding.
+        is_probed, num_probes: whether the autograd graph was asked, and how often.
         is_graph: rows of graphs are never read as a fixed number of positions.
         num_terms: how many terms the last loss had.
     """
@@ -106,6 +126,10 @@ class LayoutBook:
         self.declared: dict[nn.Module, str] = {}
         self.settled: dict[nn.Module, str] = {}
         self.roles: dict[tuple[nn.Module, int], str] = {}
+        self.without_batch: set[tuple[nn.Module, int]] = set()
+        self.masks: dict[tuple[nn.Module, int], MaskOf | None] = {}
+        self.is_probed = False
+        self.num_probes = 0
         self.is_graph = False
         self.num_terms: int | None = None
         self._assumed: list[tuple[str, tuple[int, ...]]] = []
@@ -123,6 +147,8 @@ class LayoutBook:
         """Keep what was found of a module's ``call``-th call."""
         if finding.role:
             self.roles[module, call] = finding.role
+        if finding.settles_mask:
+            self.masks[module, call] = finding.mask
         if finding.settles:
             self.settled[module] = finding.layout
         if finding.is_assumed:
@@ -134,10 +160,13 @@ class LayoutBook:
 
     def remember(self) -> Callable[[], None]:
         """A function that takes back what was settled after now."""
-        settled, roles = dict(self.settled), dict(self.roles)
+        settled, roles, masks = dict(self.settled), dict(self.roles), dict(self.masks)
+        without_batch, probes = set(self.without_batch), (self.is_probed, self.num_probes)
 
         def restore() -> None:
-            self.settled, self.roles = settled, roles
+            self.settled, self.roles, self.masks = settled, roles, masks
+            self.without_batch = without_batch
+            self.is_probed, self.num_probes = probes
             self._assumed.clear()
 
         return restore
@@ -246,15 +275,7 @@ def find_role(
     Raises a LayerError if the role was not given, no role has that many rows, or several have; or
     if the index is on another device than the rows.
     """
-    elsewhere = next(
-        (part.device for part in roles.values() if device not in (None, part.device)), None
-    )
-    if elsewhere is not None:
-        raise LayerError(
-            name,
-            f"its input is on {device}, but the index of its rows on {elsewhere}",
-            f"Move the index to {device}.",
-        )
+    _check_device(name, roles, device)
     known = ", ".join(f"'{role}' with {len(part)} rows" for role, part in roles.items())
     role = str(getattr(module, "role", None) or "")
     if role and role not in roles:
@@ -280,6 +301,16 @@ def find_role(
             f"Give the layer its role, as in convert(model, roles=[('{name}', '{fitting[0]}')]).",
         )
     return roles[fitting[0]], fitting[0] if len(fitting) == 1 else ""
+
+
+def _check_device(name: str, roles: Mapping[str, Segments], device: torch.device | None) -> None:
+    elsewhere = [part.device for part in roles.values() if device not in (None, part.device)]
+    if elsewhere:
+        raise LayerError(
+            name,
+            f"its input is on {device}, but the index of its rows on {elsewhere[0]}",
+            f"Move the index to {device}.",
+        )
 
 
 def _other_rows(name: str) -> str:

@@ -14,6 +14,7 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from .blocks import input_group
+from .torch_private import version_of
 
 __all__ = ["KFE", "LayerWise", "UnitWise", "copy_inverses", "merge", "tensors"]
 
@@ -231,11 +232,11 @@ class _SharedA:
         if (
             not self._made_of
             or self._made_of[0] is not A
-            or self._made_of[1:] != (A._version, damping, eps)
+            or self._made_of[1:] != (version_of(A), damping, eps)
         ):
             stand_in = symmatrix.Kron(A, self.mean_B.view(1, 1))
             stand_in.update_inv(damping, calc_B_inv=False, eps=eps)
-            self._inverse, self._made_of = stand_in.A_inv, (A, A._version, damping, eps)
+            self._inverse, self._made_of = stand_in.A_inv, (A, version_of(A), damping, eps)
         return self._inverse
 
 

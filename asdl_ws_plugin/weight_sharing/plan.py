@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from asdl.operations import Operation
@@ -14,6 +14,7 @@ from .blocks import LinearBlock, has_blocks, is_trainable
 from .capture import Layer
 from .errors import LayerRuntimeError
 from .layout import LayoutBook
+from .live import NO_BATCH
 from .operations import EXPAND, REDUCE, completed
 from .registry import find_operation
 from .rules import AUTO
@@ -90,12 +91,14 @@ class Plan:
             logger.info("left to the first-order optimizer: %s: %s", ", ".join(these), reason)
 
     def __repr__(self) -> str:
-        layers, strategies = self.layers, dict[str, list[str]]()
+        layers = [layer for layer in self.layers if layer.name not in self.skipped]
+        strategies: dict[str, list[str]] = {}
         for layer in layers:
             strategy = self.strategy_of(layer) or "auto, not decided yet"
             strategies.setdefault(f"{strategy}, {layer.shape}", []).append(layer.name)
         lines = [f"{key}: {', '.join(names)}" for key, names in strategies.items()]
-        frozen = [layer.name for layer in self._selected if layer not in layers]
+        trainable = self.layers
+        frozen = [layer.name for layer in self._selected if layer not in trainable]
         lines += [f"frozen: {', '.join(frozen)}"] if frozen else []
         lines += [
             f"left out: {name}: {reason}"
@@ -172,6 +175,12 @@ class Plan:
                 self.setting,
             )
 
+    def note_absent(self, absent: Mapping[nn.Module, str]) -> None:
+        """Keep which layers turned out to have no examples to average over."""
+        for module, reason in absent.items():
+            if reason == NO_BATCH:
+                self.skipped[self.layer_of(module).name] = reason
+
     def remember(self) -> Callable[[], None]:
         """A function that takes back what was decided and settled after now."""
         setting, restore_layouts = self.setting, self.layouts.remember()
@@ -184,8 +193,8 @@ class Plan:
 
     def operation_of(self, layer: Layer) -> type[Operation]:
         """The class of the operation that computes the layer's curvature."""
-        strategy = self.strategy_of(layer)
-        operation = find_operation(layer.module, strategy) if strategy is not None else None
+        # Before 'auto' has decided, either operation knows what the layer's features are.
+        operation = find_operation(layer.module, self.strategy_of(layer) or EXPAND)
         assert operation is not None, layer.name
         return completed(operation, type(layer.module))
 

@@ -152,14 +152,7 @@ class Segments(Ragged):
             raise ValueError(f"index has to be of one dimension, got sizes {tuple(index.shape)}.")
         index = index.long()
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                raise TypeError(f"mask has to be a tensor of booleans, got {_describe(mask)}.")
-            if mask.shape != index.shape:
-                raise ValueError(
-                    f"mask has sizes {tuple(mask.shape)}, but there are {len(index)} rows."
-                )
-            if mask.device != index.device:
-                raise ValueError(f"mask is on {mask.device}, but index on {index.device}.")
+            _check_row_mask(mask, index)
         if index.is_meta:
             raise ValueError("index is on the meta device, where it has no values.")
         kept = index if mask is None else index[mask]
@@ -345,6 +338,16 @@ class Mask(Ragged):
 
     def pad(self, x: Tensor) -> Tensor:
         return x.masked_fill(~self.mask.unsqueeze(-1), 0)
+
+
+def _check_row_mask(mask: object, index: Tensor) -> None:
+    """Raise a TypeError or ValueError unless it says of each row of ``index`` whether it counts."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask has to be a tensor of booleans, got {_describe(mask)}.")
+    if mask.shape != index.shape:
+        raise ValueError(f"mask has sizes {tuple(mask.shape)}, but there are {len(index)} rows.")
+    if mask.device != index.device:
+        raise ValueError(f"mask is on {mask.device}, but index on {index.device}.")
 
 
 def _from_ptr(ptr: Tensor, num_examples: int | None) -> tuple[Tensor, int]:

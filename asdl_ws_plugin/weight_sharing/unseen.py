@@ -70,6 +70,8 @@ class UnseenReport:
             if layer.module not in unseen:
                 continue
             reason = _reason(layer, record, unseen[layer.module])
+            if layer.module in record.absent:  # which is as it should be
+                continue
             if layer.name not in self._reported:
                 self._reported.add(layer.name)
                 found.setdefault((reason, self._remedy(layer)), []).append(layer.name)

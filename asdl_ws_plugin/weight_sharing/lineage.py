@@ -1,0 +1,105 @@
+"""Which tensors were computed from the model's arguments, and which from constants alone.
+
+Looked at in one forward pass, the first of a training: a positional encoding that goes through a
+layer has no example to average over, however many rows it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Lineage", "tracing"]
+
+
+class Lineage(TorchFunctionMode):
+    """Marks what functions of marked tensors return.
+
+    Attributes:
+        is_complete: whether the model was called, with arguments whose tensors could all be found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_complete = False
+        self._marked: dict[int, weakref.ref[Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self.knows((args, kwargs)):
+            self.mark(output)
+            name = getattr(func, "__name__", "")
+            if args and (name == "__setitem__" or name.rstrip("_") + "_" == name):  # in place
+                self.mark(args[0])
+        return output
+
+    def mark(self, value: Any) -> None:
+        """Take the tensors in a nest of containers for computed from the model's arguments."""
+        for tensor in _tensors(value):
+            self._marked[id(tensor)] = weakref.ref(tensor)
+
+    def knows(self, value: Any) -> bool:
+        """Whether one of the tensors in a nest of containers is marked."""
+        return any(
+            (mark := self._marked.get(id(tensor))) is not None and mark() is tensor
+            for tensor in _tensors(value)
+        )
+
+    def from_input(self, tensor: Tensor) -> bool | None:
+        """Whether a tensor depends on the model's arguments; ``None`` if that is not known."""
+        return self.knows(tensor) if self.is_complete else None
+
+    def start(self, args: Any, kwargs: Any) -> None:
+        """Mark the model's arguments."""
+        self.is_complete = bool(list(_tensors((args, kwargs)))) and _is_plain((args, kwargs))
+        self.mark((args, kwargs))
+
+
+@contextlib.contextmanager
+def tracing(model: nn.Module) -> Iterator[Lineage]:
+    """Follow the model's arguments through its functions and modules while the context is open."""
+    lineage = Lineage()
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+        lineage.start(args, kwargs)
+
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        if lineage.knows(args):  # whatever it does, as functions written in another language do
+            lineage.mark(output)
+
+    handles = [
+        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        register_module_forward_hook(after),
+    ]
+    try:
+        with lineage:
+            yield lineage
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing in a nest of containers that may hold tensors unseen."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (Tensor, bool, int, float, str))

@@ -1,0 +1,177 @@
+"""What the autograd graph says of a batch: which rows of each layer's output the logits of single
+examples depend on.
+
+Sizes alone cannot tell ``(R, N)`` from ``(N, R)``, flattened rows of one kind from those of
+another, or a batch from constants. A backward pass from the logits of one example can: it touches
+the rows of that example, in every layer's output. Three such passes, on the first batch, check what
+the sizes said: from all terms of the loss, from the first row of the logits, and from the last.
+These two are of the first and the last example in every layout.
+
+Where examples mix, as by batch normalization, every example touches all rows. Sizes decide then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arrange import frame
+from .arrangement import Arrangement
+from .capture import Call, Captured, Layer, last_nodes
+from .count import Count, count_examples
+from .evidence import Touched
+from .layout import fits
+from .plan import Plan
+from .read_loss import LossTerms
+from .rules import LAYOUTS
+from .send_back import send_back
+
+__all__ = ["counted", "probe"]
+
+_MOST_PROBES = 3  # a model's head may be initialised with zeros, through which nothing is seen
+
+Key = tuple[nn.Module, int]
+
+
+def probe(
+    plan: Plan, layers: Sequence[Layer], captured: Captured, terms: LossTerms
+) -> dict[Key, Touched]:
+    """What the logits of examples touch, for each call of each layer that they do."""
+    calls: list[tuple[Key, Call]] = []
+    frames: dict[Key, Arrangement] = {}
+    for layer in layers:
+        for call in captured.record.calls.get(layer.module, ()):
+            key = layer.module, call.index
+            calls.append((key, call))
+            frames[key] = frame(plan, layer, call, 1)
+    logits = captured.logits
+    if not (calls and logits.requires_grad and terms.logits.requires_grad):
+        return {}
+    weights = _noise(terms.logits)
+    if terms.weight is not None:
+        weights = weights * (terms.weight != 0)
+    by_call = dict(calls)
+    passes = [
+        _touched(terms.logits, weights, calls, by_call, frames),
+        _touched(logits, _of_row(logits, 0), calls, by_call, frames),
+        _touched(logits, _of_row(logits, -1), calls, by_call, frames),
+    ]
+    return {
+        key: Touched(*(found[key] for found in passes))
+        for key in by_call
+        if all(key in found for found in passes)
+    }
+
+
+def counted(
+    plan: Plan, layers: Sequence[Layer], captured: Captured, terms: LossTerms
+) -> tuple[Count, dict[Key, Touched]]:
+    """Stage 3 with the graph's help: N and whose row is whose; and what a probe saw, if this batch
+    is probed. What holds for later batches is kept in the plan.
+    """
+    book = plan.layouts
+    count = count_examples(list(layers), book, captured)
+    if book.is_probed or count.num_examples == 1:
+        return count, {}
+    evidence = probe(plan, layers, captured, terms)
+    count = _checked_count(plan, layers, captured, evidence, count)
+    book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
+    book.num_probes += 1
+    is_open = not evidence or any(touched.is_empty for touched in evidence.values())
+    book.is_probed = not is_open or book.num_probes >= _MOST_PROBES
+    return count, evidence
+
+
+def _checked_count(
+    plan: Plan,
+    layers: Sequence[Layer],
+    captured: Captured,
+    evidence: Mapping[Key, Touched],
+    count: Count,
+) -> Count:
+    """N, or the second size of the logits, if rows are of examples in that reading alone."""
+    logits = captured.logits
+    if count.positions or logits.ndim < 3 or logits.shape[1] == count.num_examples:
+        return count
+    tensors = [
+        (frame(plan, layer, call, 1).sizes, touched)
+        for layer in layers
+        for call in captured.record.calls.get(layer.module, ())
+        if (touched := evidence.get((layer.module, call.index))) is not None
+        and not touched.is_empty
+        and not touched.is_mixed
+    ]
+
+    def fits_all(num_examples: int) -> bool:
+        return num_examples > 1 and all(
+            any(
+                fits(layout, sizes, num_examples) and touched.agrees(layout, num_examples)
+                for layout in LAYOUTS
+            )
+            for sizes, touched in tensors
+        )
+
+    if tensors and not fits_all(count.num_examples) and fits_all(logits.shape[1]):
+        return Count(logits.shape[1])
+    return count
+
+
+def _without_batch(
+    plan: Plan,
+    layers: Sequence[Layer],
+    captured: Captured,
+    evidence: Mapping[Key, Touched],
+    num_examples: int,
+) -> set[Key]:
+    """The calls whose input does not depend on the model's, and is shared by the examples.
+
+    Constants that were repeated for each example are none of them: they have rows of their own.
+    """
+    found = set()
+    for layer in layers:
+        for call in captured.record.calls.get(layer.module, ()):
+            key = layer.module, call.index
+            if call.from_input is not False or num_examples == 1:
+                continue
+            touched = evidence.get(key)
+            sizes = frame(plan, layer, call, num_examples).sizes
+            holds_batch = num_examples in sizes[:2] or sizes[0] % num_examples == 0
+            if not holds_batch or (touched is not None and touched.is_mixed):
+                found.add(key)
+    return found
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Numbers without a pattern that could cancel out."""
+    return torch.arange(1, like.numel() + 1, device=like.device).sin().to(like.dtype).view_as(like)
+
+
+def _of_row(logits: Tensor, row: int) -> Tensor:
+    """Noise in one row of the logits."""
+    rows = torch.zeros_like(logits)
+    flat = rows.view(-1, logits.shape[-1]) if logits.ndim > 1 else rows.view(-1, 1)
+    flat[row] = _noise(flat[row])
+    return rows
+
+
+def _touched(
+    outputs: Tensor,
+    cotangent: Tensor,
+    calls: Sequence[tuple[Key, Call]],
+    by_call: Mapping[Key, Call],
+    frames: Mapping[Key, Arrangement],
+) -> dict[Key, Tensor]:
+    """Which rows of each call's output get a gradient, ``sizes``, by call."""
+    found: dict[Key, Tensor] = {}
+
+    def receive(key: Any, grad: Tensor | None) -> None:
+        if grad is not None:
+            rows = frames[key].features_last(grad.detach().reshape(by_call[key].out_shape))
+            found[key] = (rows != 0).any(-1)
+
+    last = last_nodes(outputs, {call.edge.node for _, call in calls})
+    send_back(outputs, cotangent, calls, receive, last, retain_graph=True)
+    return found
