@@ -23,7 +23,7 @@ from .arrangement import Arrangement
 from .capture import Call, Captured, Layer, last_nodes
 from .count import Count, count_examples
 from .evidence import Touched
-from .layout import fits
+from .layout import LayoutBook, fits
 from .plan import Plan
 from .read_loss import LossTerms
 from .rules import LAYOUTS
@@ -53,6 +53,9 @@ def probe(
     weights = _noise(terms.logits)
     if terms.weight is not None:
         weights = weights * (terms.weight != 0)
+    if captured.loss is not None:  # what a loss leaves out that was not read term by term
+        (grad,) = torch.autograd.grad(captured.loss, terms.logits, retain_graph=True)
+        weights = weights * (grad != 0).any(-1, keepdim=True)
     by_call = dict(calls)
     passes = [
         _touched(terms.logits, weights, calls, by_call, frames),
@@ -74,7 +77,8 @@ def counted(
     """
     book = plan.layouts
     count = count_examples(list(layers), book, captured)
-    if book.is_probed or count.num_examples == 1:
+    is_known = book.is_probed and not _has_open_masks(count, book)
+    if is_known or count.num_examples == 1:
         return count, {}
     evidence = probe(plan, layers, captured, terms)
     count = _checked_count(plan, layers, captured, evidence, count)
@@ -83,6 +87,18 @@ def counted(
     is_open = not evidence or any(touched.is_empty for touched in evidence.values())
     book.is_probed = not is_open or book.num_probes >= _MOST_PROBES
     return count, evidence
+
+
+def _has_open_masks(count: Count, book: LayoutBook) -> bool:
+    """Whether there is padding by masks that were guessed, and never looked at."""
+    guessed = {id(said): said for said in count.positions.values() if said.is_guessed}
+    return (
+        bool(guessed)
+        and not book.masks
+        and any(
+            not bool(mask.mask.all()) for said in guessed.values() for mask in said.masks.values()
+        )
+    )
 
 
 def _checked_count(

@@ -25,6 +25,7 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
     settings = hyperparameters or SELF_TUNED  # none in the self-tuning ruleset
     model = asdl_ws_plugin.convert(model_params)
     asdl_ws_plugin.attach_segments(model, "auto")
+    asdl_ws_plugin.attach_padding(model, "auto")
     left = [nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d]  # to NAdamW, as grouped convolutions
     left += [module for module in model.modules() if getattr(module, "groups", 1) > 1]
     config = asdl.PreconditioningConfig(
