@@ -109,10 +109,10 @@ def _counted_by_sizes(layers: list[Layer], book: LayoutBook, captured: Captured)
     # The logits are flattened, or the first tensor is not the batch.
     seen = [tuple(x.shape[:-1]) for x in _inputs_of(layers, record)]
     rows = logits.shape[0]
-    if any(_flattens_to(sizes, n, rows) for sizes in (*inputs, *seen)):
-        return Count(n)
     if any(sizes[0] == rows for sizes in inputs[1:]):
         return Count(rows)
+    if any(_flattens_to(sizes, n, rows) for sizes in (*inputs, *seen)):
+        return Count(n)
     return Count(n, is_guess=not any(n in sizes[:2] for sizes in seen if len(sizes) > 1))
 
 

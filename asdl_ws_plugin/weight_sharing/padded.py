@@ -119,12 +119,12 @@ def _guessed(
     if loss_sees is None or not padded:
         return how
     respected = {name: mask for name, mask in padded.items() if not (loss_sees & ~mask.mask).any()}
-    if not respected:
-        return replace(how, finding=replace(how.finding, mask=None, settles_mask=True))
+    if not respected:  # these are no masks of this layer; it may have one in a later batch
+        return how
     fewest = min(mask.num_positions for mask in respected.values())
     best = {name: mask for name, mask in respected.items() if mask.num_positions == fewest}
     if _differ([mask.mask for mask in best.values()]):
-        return how  # a later batch tells them apart
+        return replace(how, finding=replace(how.finding, undecided=tuple(best)))
     first = next(iter(best))
     finding = replace(how.finding, mask=MaskOf(first), settles_mask=True)
     return replace(how, finding=finding, ragged=best[first].repeated(times), masks=(first,))

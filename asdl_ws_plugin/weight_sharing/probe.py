@@ -23,10 +23,10 @@ from .arrangement import Arrangement
 from .capture import Call, Captured, Layer, last_nodes
 from .count import Count, count_examples
 from .evidence import Touched
-from .layout import LayoutBook, fits
+from .layout import fits
 from .plan import Plan
 from .read_loss import LossTerms
-from .rules import LAYOUTS
+from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
 
 __all__ = ["counted", "probe"]
@@ -37,9 +37,18 @@ Key = tuple[nn.Module, int]
 
 
 def probe(
-    plan: Plan, layers: Sequence[Layer], captured: Captured, terms: LossTerms
+    plan: Plan,
+    layers: Sequence[Layer],
+    captured: Captured,
+    terms: LossTerms,
+    layout: str | None = None,
 ) -> dict[Key, Touched]:
-    """What the logits of examples touch, for each call of each layer that they do."""
+    """What the logits of examples touch, for each call of each layer that they do.
+
+    Args:
+        layout: of the logits. ``None``: not known; single rows of them are looked at, which are of
+            the first and of the last example in any layout.
+    """
     calls: list[tuple[Key, Call]] = []
     frames: dict[Key, Arrangement] = {}
     for layer in layers:
@@ -59,8 +68,8 @@ def probe(
     by_call = dict(calls)
     passes = [
         _touched(terms.logits, weights, calls, by_call, frames),
-        _touched(logits, _of_row(logits, 0), calls, by_call, frames),
-        _touched(logits, _of_row(logits, -1), calls, by_call, frames),
+        _touched(logits, _of_example(logits, 0, layout), calls, by_call, frames),
+        _touched(logits, _of_example(logits, -1, layout), calls, by_call, frames),
     ]
     return {
         key: Touched(*(found[key] for found in passes))
@@ -77,28 +86,49 @@ def counted(
     """
     book = plan.layouts
     count = count_examples(list(layers), book, captured)
-    is_known = book.is_probed and not _has_open_masks(count, book)
-    if is_known or count.num_examples == 1:
+    guesses = _padded_guesses(count)
+    if (book.is_probed and guesses <= book.looked_at) or count.num_examples == 1:
         return count, {}
     evidence = probe(plan, layers, captured, terms)
+    layout = _layout_of_logits(captured.logits, evidence, count.num_examples)
+    if layout is not None:
+        evidence = probe(plan, layers, captured, terms, layout)
     count = _checked_count(plan, layers, captured, evidence, count)
     book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
+    book.looked_at |= guesses if evidence else set()
     book.num_probes += 1
     is_open = not evidence or any(touched.is_empty for touched in evidence.values())
     book.is_probed = not is_open or book.num_probes >= _MOST_PROBES
     return count, evidence
 
 
-def _has_open_masks(count: Count, book: LayoutBook) -> bool:
-    """Whether there is padding by masks that were guessed, and never looked at."""
+def _padded_guesses(count: Count) -> set[str]:
+    """The names of arguments that may be masks, as far as something is padding by them."""
     guessed = {id(said): said for said in count.positions.values() if said.is_guessed}
-    return (
-        bool(guessed)
-        and not book.masks
-        and any(
-            not bool(mask.mask.all()) for said in guessed.values() for mask in said.masks.values()
-        )
-    )
+    return {
+        name
+        for said in guessed.values()
+        for name, mask in said.masks.items()
+        if not bool(mask.mask.all())
+    }
+
+
+def _layout_of_logits(
+    logits: Tensor, evidence: Mapping[Key, Touched], num_examples: int
+) -> str | None:
+    """Which dimension of the logits is the batch where it may be either of two, as layers tell that
+    mix the positions of an example; ``None`` where nothing tells, or there is no question.
+    """
+    if logits.ndim < 3 or not logits.shape[0] == logits.shape[1] == num_examples:
+        return None
+    told = {
+        tuple(layout for layout in LAYOUTS if touched.agrees(layout, num_examples))
+        for touched in evidence.values()
+        if touched.by_last.shape[:2] == logits.shape[:2]
+        and not (touched.is_empty or touched.is_mixed)
+    }
+    certain = {layouts[0] for layouts in told if len(layouts) == 1}
+    return certain.pop() if len(certain) == 1 else None
 
 
 def _checked_count(
@@ -165,12 +195,15 @@ def _noise(like: Tensor) -> Tensor:
     return torch.arange(1, like.numel() + 1, device=like.device).sin().to(like.dtype).view_as(like)
 
 
-def _of_row(logits: Tensor, row: int) -> Tensor:
-    """Noise in one row of the logits."""
-    rows = torch.zeros_like(logits)
-    flat = rows.view(-1, logits.shape[-1]) if logits.ndim > 1 else rows.view(-1, 1)
-    flat[row] = _noise(flat[row])
-    return rows
+def _of_example(logits: Tensor, which: int, layout: str | None) -> Tensor:
+    """Noise in the logits of the first or the last example, or in one row of them."""
+    found = torch.zeros_like(logits)
+    if layout is not None:
+        part = found.select(0 if layout == BATCH_FIRST else 1, which)
+    else:
+        part = found.view(-1, logits.shape[-1])[which] if logits.ndim > 1 else found[which]
+    part.copy_(_noise(part))
+    return found
 
 
 def _touched(
