@@ -25,7 +25,7 @@ from .upstream import is_native
 from .weight_sharing import nvtx
 from .weight_sharing.fisher_maker import NO_LAYERS, find_fisher_maker
 from .weight_sharing.grad_maker import WeightSharing, check, weight_sharing_class
-from .weight_sharing.unwrap import unwrapped
+from .weight_sharing.torch_private import unwrapped
 
 __all__ = [
     "DiagNaturalGradientMaker",

@@ -20,8 +20,7 @@ from torch.nn.utils import parametrize
 
 from ..weight_sharing.names import qualified_name
 from ..weight_sharing.rules import matches_any
-from ..weight_sharing.torch_private import has_own_hooks
-from ..weight_sharing.unwrap import unwrapped
+from ..weight_sharing.torch_private import has_own_hooks, unwrapped
 
 __all__ = ["Converter", "Site", "convert", "register_converter", "revert"]
 

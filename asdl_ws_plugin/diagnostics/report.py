@@ -26,8 +26,7 @@ from ..weight_sharing.factors import accumulation_dtype
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.rules import AUTO
 from ..weight_sharing.shapes import KFAC_SHAPES
-from ..weight_sharing.torch_private import own_parameters
-from ..weight_sharing.unwrap import unwrapped
+from ..weight_sharing.torch_private import own_parameters, unwrapped
 from .survey import Survey, unchanged
 from .tables import Printable, Table, as_bytes, as_sizes
 

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from .capture import current_record
 from .positions import GRAPH, Positions, make_padding, make_positions, positions_of
 from .ragged import Mask, Segments
-from .unwrap import unwrapped
+from .torch_private import unwrapped
 
 __all__ = ["attach_padding", "attach_segments"]
 

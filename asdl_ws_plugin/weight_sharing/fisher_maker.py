@@ -43,8 +43,8 @@ from .plan import Plan
 from .positions import take_positions
 from .probe import counted
 from .read_loss import LossObserver, LossTerms, read_loss
+from .torch_private import unwrapped
 from .unseen import UnseenReport, check_any_called
-from .unwrap import unwrapped
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
 

@@ -29,6 +29,7 @@ __all__ = [
     "own_buffers",
     "own_parameters",
     "padding_of",
+    "unwrapped",
     "version_of",
 ]
 
@@ -127,3 +128,19 @@ def eagerly() -> Iterator[None]:
             yield
         finally:
             eval_frame._maybe_set_eval_frame = set_callback
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in
+    whatever order they are.
+
+    Its layers and Parameters are those of the wrapped model, under the names that checkpoints have.
+    Of a compiled model there is no public way to it.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model

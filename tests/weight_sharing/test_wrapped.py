@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import asdl_ws_plugin
 from asdl_ws_plugin import attach_padding, attach_segments
-from asdl_ws_plugin.weight_sharing.unwrap import unwrapped
+from asdl_ws_plugin.weight_sharing.torch_private import unwrapped
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
