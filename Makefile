@@ -5,13 +5,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint upstream
+.PHONY: demo docs test quick matrix lint upstream
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/vit_digits.py
+	$(BIN)/python benchmarks/demo.py
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
+
+# Without the tests that are marked slow.
+quick: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests
+
+# The quick tests with the oldest and the newest PyTorch, and both releases of ASDL that are known. Downloads them.
+matrix: $(INSTALLED)
+	$(BIN)/python .ci/matrix.py
+
+# The documentation, into build/site. The variable silences an advertisement of the theme's.
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The patch series for ASDL: applied to the wheel patch by patch, tested, and the plugin's suite run against the result.
 upstream: $(INSTALLED)
@@ -19,6 +32,7 @@ upstream: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch first and pinned: left to another package, pip may choose a build of several GB.

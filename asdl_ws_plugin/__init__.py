@@ -16,6 +16,7 @@ require_asdl()
 if is_native():
     adopt_native_modules()
 
+from . import kronecker  # noqa: E402
 from .conversion.attention import MultiheadAttention  # noqa: E402
 from .conversion.convert import convert, register_converter, revert  # noqa: E402
 from .conversion.transformers import register_all as _register_converters  # noqa: E402
@@ -71,6 +72,7 @@ __all__ = [
     "convert",
     "get_fisher_maker",
     "inspect",
+    "kronecker",
     "padding",
     "register",
     "register_converter",

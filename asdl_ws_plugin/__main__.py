@@ -22,7 +22,8 @@ _EPILOG = """\
 examples:
   python -m asdl_ws_plugin inspect timm:vit_tiny_patch16_224 --input 2,3,224,224
   python -m asdl_ws_plugin inspect torchvision:vit_b_16 --input 2,3,224,224 --convert --json
-  python -m asdl_ws_plugin inspect mymodels.bert:tiny --input input_ids=2,16:int64:100 --shared-dim expand
+  python -m asdl_ws_plugin inspect mymodels.bert:tiny --input input_ids=2,16:int64:100 \\
+      --shared-dim expand
 """
 
 
@@ -153,8 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         help="say what K-FAC sees of a model",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Run one forward pass and list every module with parameters: layout, approximation, memory; what "
-        "is not seen, and why.",
+        description="Run one forward pass and list every module with parameters: layout, "
+        "approximation, memory; what is not seen, and why.",
     )
     command.add_argument(
         "model", help="timm:NAME, torchvision:NAME, or module:attribute (a model or its factory)"
@@ -164,14 +165,16 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="[KEYWORD=]SIZES[:DTYPE[:HIGH]]",
-        help="an argument of the model, filled with random numbers: 2,3,224,224 or 2,16:int64:100; may be repeated",
+        help="an argument of the model, filled with random numbers: 2,3,224,224 or "
+        "2,16:int64:100; may be repeated",
     )
     command.add_argument(
         "--shared-dim",
         action="append",
         metavar="[NAME=]VALUE[,LAYOUT]",
-        help=f"as the gradient maker's shared_dim (default: {AUTO}); head=expand or decoder=reduce,{SEQUENCE_FIRST} "
-        f"(or {BATCH_FIRST}) is a rule for layers; may be repeated",
+        help=f"as the gradient maker's shared_dim (default: {AUTO}); head=expand or "
+        f"decoder=reduce,{SEQUENCE_FIRST} (or {BATCH_FIRST}) is a rule for layers; may be "
+        "repeated",
     )
     command.add_argument(
         "--convert", action="store_true", help="call asdl_ws_plugin.convert on the model before"

@@ -104,10 +104,12 @@ class AsdlEF(_WithWeightSharing, curvature.AsdlEF):
     # laplace-torch halves the curvature of a squared error in its own class, and in no subclass.
 
     def kron(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Kron]:
+        """The loss and the Kronecker factors of one batch, in laplace-torch's scale."""
         loss, kron = super().kron(*args, **kwargs)
         return loss, kron * self._of_halved_error
 
     def diag(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The loss and the diagonal of one batch, in laplace-torch's scale."""
         loss, diag = super().diag(*args, **kwargs)
         return loss, diag * self._of_halved_error
 

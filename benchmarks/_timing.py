@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["Parts", "alternate", "in_fresh_process", "peak_memory_mib", "seconds", "weighted"]
+__all__ = [
+    "Parts",
+    "alternate",
+    "in_fresh_process",
+    "peak_memory_mib",
+    "resident",
+    "seconds",
+    "weighted",
+]
 
 
 def _synchronize() -> None:
@@ -26,13 +34,16 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    """The wall-clock time of one call."""
+def seconds(step: Callable[[], Any], clock: Callable[[], float] | None = None) -> float:
+    """The time of one call, of the wall clock if of no other. ``time.process_time``, with one
+    thread, leaves out what other programs took meanwhile.
+    """
+    clock = clock or time.perf_counter
     _synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
     _synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 class Parts:
@@ -99,6 +110,7 @@ def alternate(
     contenders: Mapping[str, Mapping[str, Callable[[], Any]]],
     rounds: int,
     on_step: Callable[[str], None] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, dict[str, list[float]]]:
     """Time every kind of step of every contender once a round, so that a slow spell of the machine
     hits all alike.
@@ -107,6 +119,7 @@ def alternate(
         contenders: name -> kind of step -> function that makes such a step.
         rounds: how often; the order of the contenders is reversed every other round.
         on_step: called with the contender's name after each step.
+        clock: of :func:`seconds`.
 
     Returns:
         name -> kind -> seconds, one number a round.
@@ -118,7 +131,7 @@ def alternate(
     for i in range(rounds):
         for name in names if i % 2 == 0 else reversed(names):
             for kind, step in contenders[name].items():
-                times[name][kind].append(seconds(step))
+                times[name][kind].append(seconds(step, clock))
                 if on_step is not None:
                     on_step(name)
     return times
@@ -151,13 +164,13 @@ def peak_memory_mib(prepare: Callable[[], Callable[[], Any]], steps: int) -> flo
         for _ in range(steps):
             step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     for _ in range(steps):
         step()
-    return (_resident("VmHWM") - before) / 2**20
+    return (resident("VmHWM") - before) / 2**20
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
     """Bytes of resident memory: ``VmRSS`` now, ``VmHWM`` at its highest."""
     status = Path("/proc/self/status")
     if (

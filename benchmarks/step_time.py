@@ -44,6 +44,7 @@ import asdl_ws_plugin
 from asdl_ws_plugin._torchvision import make_importable
 from asdl_ws_plugin.weight_sharing.batch import Batch
 from asdl_ws_plugin.weight_sharing.fisher_maker import WeightSharingFisherMaker
+from asdl_ws_plugin.weight_sharing.grad_maker import WeightSharing
 
 DAMPING, EMA_DECAY, LEARNING_RATE = 1e-3, 0.05, 1e-4
 
@@ -236,7 +237,7 @@ def plugin_parts(part: Parts) -> Iterator[None]:
         (batch, "take_output_grads", "second backward"),
         (batch, "take_grads_of", "B"),
         (Tensor, "backward", "backward"),
-        (natural, "update_preconditioner", "inverse"),
+        (WeightSharing, "update_preconditioner", "inverse"),
         (natural, "precondition", "precondition"),
     ]
     patches = [

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,13 +20,68 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["Run", "Stopwatch", "console", "figure", "progress_bars", "table"]
+__all__ = [
+    "Run",
+    "Stopwatch",
+    "compare",
+    "console",
+    "figure",
+    "progress_bars",
+    "pyplot",
+    "save",
+    "table",
+]
 
 
 def console() -> Console:
     """A console that is wide enough for the table where the output is a file."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=120)
+
+
+def pyplot() -> Any:
+    """``matplotlib.pyplot``, drawing into files whether or not there is a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(drawing: Any, path: Path, suffixes: Sequence[str] = (".png", ".pdf")) -> None:
+    """Save a figure once for every suffix, make its folder if need be, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for suffix in suffixes:
+        drawing.savefig(path.with_suffix(suffix), dpi=150)
+    pyplot().close(drawing)
+
+
+def compare(
+    results: dict[str, list[float]],
+    x: Sequence[float],
+    path: Path,
+    title: str,
+    labels: tuple[str, str],
+    form: str = ".2%",
+) -> Table:
+    """A table and a figure of several curves: name -> a value for each of ``x``.
+
+    ``labels`` are those of the axes. Returns the table; the figure is saved to ``path``.
+    """
+    result = Table(title=title, caption=f"{labels[1]}; figure: {path}.png, .pdf")
+    for header in (labels[0], *results):
+        result.add_column(header, justify="right")
+    for value, row in zip(x, zip(*results.values(), strict=True), strict=True):
+        result.add_row(f"{value:g}", *(f"{cell:{form}}" for cell in row))
+    drawing, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for name, values in results.items():
+        axes.plot(x, values, "o-", label=name)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=title, xticks=x)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(drawing, path)
+    return result
 
 
 class Stopwatch:
@@ -130,13 +186,7 @@ def figure(
     form: str = ".2%",
 ) -> None:
     """Draw the metric over steps and over seconds, with the target, and save it to ``path``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing, panels = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    drawing, panels = pyplot().subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
     labels = ("training step", "training time (s)")
     for panel, label, attribute in zip(panels, labels, ("steps", "seconds"), strict=True):
         for run in runs:
@@ -156,5 +206,4 @@ def figure(
     panels[0].set_ylabel(metric)
     drawing.suptitle(title)
     panels[0].legend(loc="upper right" if runs[0].lower_is_better else "lower right")
-    drawing.savefig(path, dpi=150)
-    plt.close(drawing)
+    save(drawing, path, [path.suffix])

@@ -1,13 +1,20 @@
-"""What the examples share: the baseline optimizer and its learning-rate schedule."""
+"""What the examples share: the baseline optimizer and its learning-rate schedule, training with
+K-FAC-reduce on top of it, and the Fisher matrix of a batch.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+import asdl
 import torch
-from torch import nn
+import torch.nn.functional as F
+from asdl.fisher import FisherConfig, get_fisher_maker
+from torch import Tensor, nn
 
-__all__ = ["Baseline", "nadamw"]
+import asdl_ws_plugin
+
+__all__ = ["Baseline", "exact_fisher", "linear_layers", "nadamw", "train_classifier"]
 
 
 class Baseline(Protocol):
@@ -46,3 +53,59 @@ def nadamw(
         [warmup],
     )
     return optimizer, schedule
+
+
+class Preconditioned(Baseline, Protocol):
+    """The options of NAdamW with K-FAC in front of it."""
+
+    @property
+    def damping(self) -> float | None: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def inverse_interval(self) -> int: ...
+
+
+def train_classifier(model: nn.Module, data: Any, epochs: int, settings: Preconditioned) -> None:
+    """Train with K-FAC-reduce on top of NAdamW; ``data`` has a length and yields ``(x, y)``."""
+    optimizer, schedule = nadamw(model, settings, epochs * len(data))
+    config = asdl.PreconditioningConfig(
+        damping=settings.damping,
+        ema_decay=settings.ema_decay,
+        preconditioner_upd_interval=settings.inverse_interval,
+        ignore_modules=[nn.LayerNorm],
+    )
+    maker = asdl_ws_plugin.KfacGradientMaker(model, config, shared_dim="reduce")
+    for _ in range(epochs):
+        for x, y in data:
+            maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+            maker.forward_and_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+def linear_layers(model: nn.Module) -> list[Any]:
+    """All ``nn.Linear`` layers, in the order of the model."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def exact_fisher(
+    model: nn.Module,
+    x: Tensor,
+    shape: str = "kron",
+    shared_dim: str = "reduce",
+    loss_type: str = "cross_entropy",
+) -> None:
+    """Leave the curvature of every layer in ``module.fisher``, averaged over the examples ``x``."""
+    config = FisherConfig(
+        fisher_type="fisher_exact",
+        fisher_shapes=[shape],
+        loss_type=loss_type,
+        data_size=len(x),
+        shared_dim=shared_dim,
+        ignore_modules=[nn.LayerNorm],
+    )
+    maker = get_fisher_maker(model, config)
+    maker.setup_model_call(model, x)
+    maker.forward_and_backward()

@@ -13,6 +13,7 @@ average were searched as well.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -107,12 +108,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     for settings in (GRADIENT, ADAM, KFAC):
         runs = [train(settings, data, steps, seed) for seed in range(seeds)]
         reached = [
-            next((i + 1 for i, loss in enumerate(losses) if loss < 0.1), None) for losses, _ in runs
+            next((i + 1 for i, loss in enumerate(losses) if loss < 0.1), math.inf)
+            for losses, _ in runs
         ]
         accuracies[settings.name] = statistics.mean(accuracy for _, accuracy in runs)
         table.add_row(
             settings.name,
-            "not reached" if None in reached else f"{statistics.mean(reached):.0f}",
+            "not reached" if math.inf in reached else f"{statistics.mean(reached):.0f}",
             f"{statistics.mean(losses[-1] for losses, _ in runs):.4f}",
             f"{accuracies[settings.name]:.1%}",
         )

@@ -180,7 +180,8 @@ def read_smiles(limit: int | None = None) -> list[Any]:
     import rdkit
     from rdkit import Chem, RDLogger
 
-    RDLogger.DisableLog("rdApp.*")  # of a few lines that are no SMILES
+    # Of a few lines that are no SMILES.
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]
     root = Path(rdkit.__file__).parent
     files = sorted(
         root.rglob("*.smi"), key=lambda path: (path.parent.parent.name != "FreeWilson", str(path))

@@ -110,8 +110,8 @@ class Corpus:
             pairs[2 * held_out :],
         )
         tokenizer = data.train_tokenizer(train, vocabulary_size)
-        tokens = [data.encode(tokenizer, part) for part in (train, validation, test)]
-        return cls(tokenizer, *tokens, test, is_generated)
+        encoded = [data.encode(tokenizer, part) for part in (train, validation, test)]
+        return cls(tokenizer, encoded[0], encoded[1], encoded[2], test, is_generated)
 
 
 class Translator(nn.Module):

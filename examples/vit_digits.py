@@ -142,10 +142,13 @@ def train(
     seed: int,
     depth: int = 3,
     on_step: Callable[[int, float], None] | None = None,
+    model: nn.Module | None = None,
 ) -> _report.Run:
-    """Train from scratch; ``on_step(step, validation accuracy)`` is called after each step."""
+    """Train from scratch, or a given model in place; ``on_step(step, validation accuracy)`` is
+    called after each step.
+    """
     torch.manual_seed(seed)
-    model = vision_transformer(depth)
+    model = vision_transformer(depth) if model is None else model
     x, y = data.train
     steps_per_epoch = len(y) // BATCH_SIZE
     steps = epochs * steps_per_epoch

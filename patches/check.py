@@ -83,7 +83,8 @@ def check_up_to_date(tree: Path) -> None:
     ]
     if stale or wanted != found:
         sys.exit(
-            f"The series is not up to date ({stale or sorted(wanted ^ found)}): run python patches/refresh.py"
+            f"The series is not up to date ({stale or sorted(wanted ^ found)}): run python "
+            "patches/refresh.py"
         )
 
 
@@ -111,7 +112,8 @@ def compare_dumps(tree: Path, scratch: Path) -> None:
     ]
     if different:
         sys.exit(
-            f"{len(different)} of {len(stock)} tensors are not the same, bit for bit: {different[:10]}"
+            f"{len(different)} of {len(stock)} tensors are not the same, bit for bit: "
+            f"{different[:10]}"
         )
 
 

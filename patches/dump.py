@@ -149,12 +149,10 @@ def with_shared_dim(out: dict[str, Tensor]) -> None:
             "auto",
             "expand",
             "reduce",
-            ["reduce", (nn.MultiheadAttention, "expand"), ("fc", "expand")],
+            ["reduce", ("attention", "expand"), ("fc", "expand"), (nn.LayerNorm, "reduce")],
         ),
         (-1, 0.3),
     ):
-        if isinstance(shared_dim, list):
-            shared_dim = ["reduce", ("fc", "expand"), (nn.Linear, "reduce")]
         torch.manual_seed(0)
         model = Tokens(pool)
         asdl_ws_plugin.convert(model)
@@ -164,7 +162,8 @@ def with_shared_dim(out: dict[str, Tensor]) -> None:
         maker = asdl.KfacGradientMaker(
             model, config, fisher_type=fisher_type, shared_dim=shared_dim
         )
-        key = f"shared_dim/tokens/{'pooled' if pool else 'all'}/{fisher_type}/{shared_dim}/{ema_decay}"
+        terms = "pooled" if pool else "all"
+        key = f"shared_dim/tokens/{terms}/{fisher_type}/{shared_dim}/{ema_decay}"
         train(out, key, model, maker, flat_cross_entropy, (x,), target)
     for shape, shared_dim in itertools.product(
         ("full", "layer_wise", "kron", "swift_kron", "kfe", "unit_wise", "diag"),

@@ -267,6 +267,6 @@ def logits(name: str, model: nn.Module, seed: int = 3) -> Tensor:
     """
     torch.manual_seed(seed)
     arguments = ZOO[name].arguments()
-    output = model(**arguments) if ZOO[name].inputs else model(arguments["x"])
+    output: Any = model(**arguments) if ZOO[name].inputs else model(arguments["x"])
     output = getattr(output, "logits", output)
-    return sum(output) if isinstance(output, tuple) else output
+    return torch.stack(output).sum(0) if isinstance(output, tuple) else output

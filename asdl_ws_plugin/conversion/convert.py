@@ -62,7 +62,8 @@ class Converter:
 
     #: The options of :func:`convert` that it reads.
     options: tuple[str, ...] = ()
-    #: Whether the module's own Parameters become those of blocks, which another holder of them would not know.
+    #: Whether the module's own Parameters become those of blocks, which another holder of them
+    #: would not know.
     takes_parameters = False
 
     def wants(self, site: Site) -> bool:
@@ -168,6 +169,32 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
+    options["split_qkv"] = split_qkv
+    if roles is not None:
+        options["roles"] = roles
+    _check_options(options, ignore_modules)
+    sites = [
+        Site(name, module, parent, options)
+        for name, module, parent in _sites(unwrapped(model))
+        if not matches_any(name, module, ignore_modules)
+    ]
+    _check_sites(sites, split_qkv)
+    todo, marked = _what_to_do(sites)
+    _check_shared(model, todo)
+    _convert_all(todo)
+    for site, converter in marked:
+        converter.again(site)
+    if todo:
+        logger.info(
+            "converted %d modules: %s",
+            len(todo),
+            ", ".join(f"'{site.name}'" for site, _, _ in todo),
+        )
+    return model
+
+
+def _check_options(options: dict[str, Any], ignore_modules: Any) -> None:
+    split_qkv = options["split_qkv"]
     if isinstance(split_qkv, str) or not isinstance(split_qkv, (bool, Sequence)):
         raise TypeError(
             "split_qkv has to be True, False or a list of modules, classes or names, got "
@@ -175,24 +202,14 @@ def convert(
         )
     if isinstance(ignore_modules, str):
         raise TypeError(f"ignore_modules has to be a list, got {ignore_modules!r}.")
-    options["split_qkv"] = split_qkv
-    if roles is not None:
-        options["roles"] = roles
-    known = {
-        name
-        for converters in _converters.values()
-        for converter in converters
-        for name in converter.options
-    }
+    known = {name for converter in _all_converters() for name in converter.options}
     if unknown := sorted(set(options) - known):
         raise TypeError(
             f"convert got unknown options {unknown}; it knows {sorted(known)} and ignore_modules."
         )
-    sites = [
-        Site(name, module, parent, options)
-        for name, module, parent in _sites(unwrapped(model))
-        if not matches_any(name, module, ignore_modules)
-    ]
+
+
+def _check_sites(sites: list[Site], split_qkv: bool | Sequence[Any]) -> None:
     for site in sites:
         if isinstance(site.module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
             raise TypeError(
@@ -200,14 +217,21 @@ def convert(
                 "Convert the model before it is scripted. The model is unchanged. To leave this "
                 f"module as it is, pass ignore_modules=['{site.name}']."
             )
-    if not isinstance(split_qkv, bool):
-        for key in split_qkv:
-            if not any(matches_any(site.name, site.module, [key]) for site in sites):
-                raise ValueError(f"split_qkv: {key!r} matches no module of the model.")
-
-    for converter in (converter for converters in _converters.values() for converter in converters):
+    for key in [] if isinstance(split_qkv, bool) else split_qkv:
+        if not any(matches_any(site.name, site.module, [key]) for site in sites):
+            raise ValueError(f"split_qkv: {key!r} matches no module of the model.")
+    for converter in _all_converters():
         converter.check(sites)
 
+
+def _all_converters() -> list[Converter]:
+    return [converter for converters in _converters.values() for converter in converters]
+
+
+def _what_to_do(
+    sites: list[Site],
+) -> tuple[list[tuple[Site, tuple[str, str], Converter]], list[tuple[Site, Converter]]]:
+    """What is to be converted, by which converter; and what has been before."""
     todo: list[tuple[Site, tuple[str, str], Converter]] = []
     marked: list[tuple[Site, Converter]] = []
     for site in sites:
@@ -220,8 +244,11 @@ def convert(
                 _check(site)
                 todo.append((site, key, converter))
                 break
-    _check_shared(model, todo)
+    return todo, marked
 
+
+def _convert_all(todo: list[tuple[Site, tuple[str, str], Converter]]) -> None:
+    """All or, if one cannot be converted, none."""
     done: list[tuple[Site, Converter]] = []
     try:
         for site, key, converter in todo:
@@ -233,15 +260,6 @@ def convert(
             del site.module.__dict__[_MARK]
             converter.revert(site.module)
         raise
-    for site, converter in marked:
-        converter.again(site)
-    if todo:
-        logger.info(
-            "converted %d modules: %s",
-            len(todo),
-            ", ".join(f"'{site.name}'" for site, _, _ in todo),
-        )
-    return model
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ class LinearForward:
         self.running = False
 
     def __call__(self, input: Tensor, bias: Tensor | None = _OWN) -> Tensor:
+        """The layer called by code that used its weight without a call."""
         self.running = True
         try:
             return F.linear(input, self.owner.weight, self.owner.bias if bias is _OWN else bias)
@@ -47,6 +48,7 @@ class RoutedForward:
         self.owner = owner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward pass, with its functional calls routed to layers."""
         owner = self.owner
         with _Router(owner):
             return type(owner).forward(owner, *args, **kwargs)

@@ -86,6 +86,7 @@ class ExactBlock:
                 self.flush()
 
     def flush(self) -> None:
+        """Add the rows that were buffered to the block."""
         rows = self._buffer[: self._filled]
         self.exact.addmm_(rows.mT, rows)
         self._filled = 0

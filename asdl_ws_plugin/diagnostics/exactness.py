@@ -83,6 +83,7 @@ class ApproximationError(Printable):
         raise KeyError(name)
 
     def tables(self) -> list[Table]:
+        """One row for each layer."""
         first = self.rows[0]
         numbers = [
             *(f"error, {name}" for name in first.error),
@@ -107,6 +108,7 @@ class ApproximationError(Printable):
         return [errors, skipped]
 
     def summary(self) -> list[str]:
+        """What was measured on how many examples."""
         damping = "" if self.damping is None else f", damping {self.damping:g}"
         return [f"{self.num_examples} examples, {self.num_terms:g} loss terms{damping}."]
 
@@ -317,13 +319,10 @@ def _choose(
                 n for n, m in model.named_modules() if n in reasons and matches_any(n, m, [key])
             ]
             why = [f"'{n}': {reasons[n]}" for n in named]
+            known = ", ".join(repr(layer.name) for layer in candidates[:8]) or "none"
             raise ValueError(
                 f"layers: {describe_key(key)} matches no layer with Kronecker factors that can be "
-                "compared. "
-                + (
-                    "; ".join(why)
-                    or f"There are {', '.join(repr(layer.name) for layer in candidates[:8]) or 'none'}."
-                )
+                "compared. " + ("; ".join(why) or f"There are {known}.")
             )
         chosen += [layer for layer in matching if layer not in chosen]
     return chosen, {}

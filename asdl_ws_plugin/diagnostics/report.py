@@ -159,6 +159,7 @@ class Report(Printable):
         return json.dumps(self.to_dict(), indent=2)
 
     def tables(self) -> list[Table]:
+        """What K-FAC sees, and what it does not."""
         columns = (
             "Layer",
             "Type",
@@ -209,6 +210,7 @@ class Report(Printable):
         return [seen, unseen, notes]
 
     def summary(self) -> list[str]:
+        """The setting, the coverage, and the memory in a few sentences."""
         return [
             f"{self.model}: {self.num_examples} examples, the {self.setting} setting (by the "
             "sizes of the logits).",
@@ -399,7 +401,9 @@ class _Builder:
     ) -> Iterator[str]:
         others = [self.names[other] for other in layer.modules if other is not module]
         if others:
-            yield f"Shares its weight with {_listed(others)}: one layer that is called several times."
+            yield (
+                f"Shares its weight with {_listed(others)}: one layer that is called several times."
+            )
         rest = row.num_parameters - row.num_seen
         if rest:
             names = [
@@ -418,7 +422,10 @@ class _Builder:
         if isinstance(weight, nn.Parameter) and not isinstance(module, LinearBlock):
             uses = self.seen.graph.num_uses(weight)
             if uses > calls:
-                yield f"Its weight is used {uses} times, but the layer called {calls} times; K-FAC sees the calls."
+                yield (
+                    f"Its weight is used {uses} times, but the layer called {calls} times; K-FAC "
+                    "sees the calls."
+                )
 
     def _unseen(
         self, name: str, module: nn.Module, layer: Layer | None, parameters: list[nn.Parameter]
@@ -518,7 +525,10 @@ class _Builder:
             )
         remedy = f"{_FIRST_ORDER}."
         if any(self._is_matrix(p) for p in parameters):
-            remedy = f"{_FIRST_ORDER}; to be seen, a matrix has to be the weight of a layer that is called."
+            remedy = (
+                f"{_FIRST_ORDER}; to be seen, a matrix has to be the weight of a layer that is "
+                "called."
+            )
         return f"Raw Parameters ({_listed(sorted(own))}), which belong to no layer.", remedy
 
     def _convertible(self, name: str) -> bool:

@@ -100,6 +100,7 @@ class Printable:
         except ImportError:
             parts = [table.to_text() for table in self.tables() if table.rows]
             return "\n\n".join([*parts, "\n".join(self.summary())])
-        stream = io.StringIO()
-        Console(file=stream, width=shutil.get_terminal_size((_WIDTH, 50)).columns).print(self)
+        stream, width = io.StringIO(), shutil.get_terminal_size((_WIDTH, 50)).columns
+        # In a notebook rich would display the tables by itself, and write nothing to the stream.
+        Console(file=stream, width=width, force_jupyter=False).print(self)
         return stream.getvalue().rstrip("\n")

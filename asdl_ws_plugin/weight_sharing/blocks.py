@@ -146,6 +146,7 @@ class LinearBlock(nn.Linear):
         return F.linear(input, weight, bias)
 
     def extra_repr(self) -> str:
+        """PyTorch's, with the place in the whole weight."""
         return f"{super().extra_repr()}, block {self._index} of {self._names['weight']}"
 
 
@@ -162,6 +163,7 @@ class BlocksForward:
         self.running = False
 
     def __call__(self, input: Tensor, bias: Tensor | None = _OWN) -> Tensor:
+        """The layer as a call of each of its blocks, their outputs side by side."""
         owner, count = self.owner, len(self.names)
         bias = getattr(owner, "bias", None) if bias is _OWN else bias
         weight: Any = owner.weight.mT if self.transposed else owner.weight

@@ -86,6 +86,7 @@ class Layer:
 
     @property
     def modules(self) -> list[nn.Module]:
+        """The module and those whose weight is tied to its."""
         return [self.module, *(module for _, module in self.tied)]
 
 

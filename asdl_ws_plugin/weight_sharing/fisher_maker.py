@@ -196,10 +196,12 @@ class WeightSharingFisherMaker(FisherMaker):
 
     @property
     def is_fisher_emp(self) -> bool:
+        """Whether labels are those of the data."""
         return self.config.fisher_type == FISHER_EMP
 
     @property
     def do_local_accumulate(self) -> bool:
+        """Always: the factors of all calls are added up before the inverse, as upstream asks."""
         return True
 
     # ------------------------------------------------------------------------------------ one batch

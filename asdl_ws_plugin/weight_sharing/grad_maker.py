@@ -186,6 +186,7 @@ class WeightSharing(NaturalGradientMaker):
         self.fisher_maker.decay = scale
 
     def update_curvature(self) -> None:
+        """Upstream's; without a moving average the new curvature replaces the old."""
         self.fisher_maker.decay = 1.0
         super().update_curvature()
 
@@ -266,6 +267,7 @@ class WeightSharing(NaturalGradientMaker):
     # --------------------------------------------------------------------------------- which layers
 
     def named_modules_for(self, shape: str) -> list[tuple[str, nn.Module]]:
+        """Names and modules of the layers of a shape, as the plan has them."""
         return [(layer.name, layer.module) for layer in self.plan.layers_of(shape)]
 
     def _is_supported(self, module_name: str, module: nn.Module) -> bool:
@@ -290,6 +292,7 @@ class WeightSharing(NaturalGradientMaker):
             yield from (p for p in parameters_of(module) if p.requires_grad)
 
     def is_module_for_inv_and_precondition(self, module: nn.Module) -> bool:
+        """Whether the plan holds this module: nothing else has curvature."""
         return module in self.plan
 
     def _precondition_module(
@@ -362,6 +365,7 @@ class WeightSharing(NaturalGradientMaker):
     def reduce_scatter_curvature(
         self, kron: Any = None, diag: Any = None, with_grad: bool = True
     ) -> None:
+        """Average the curvature over the ranks; every rank gets it."""
         if _KEEPS_RANKS_IN_STEP:
             super().reduce_scatter_curvature(kron, diag, with_grad=False)
             return
@@ -373,6 +377,7 @@ class WeightSharing(NaturalGradientMaker):
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
+        """Upstream's, of gradients that are averaged over the ranks first."""
         if self.world_size > 1 and not _KEEPS_RANKS_IN_STEP:
             for p in self.model.parameters():
                 if p.grad is not None:
@@ -381,6 +386,7 @@ class WeightSharing(NaturalGradientMaker):
         super().precondition(*args, **kwargs)
 
     def all_gather_or_reduce_grad(self) -> None:
+        """Upstream's broadcast from the owners, of blocks and lent biases too."""
         gather = NaturalGradientMaker.all_gather_or_reduce_grad
         getattr(gather, "__wrapped__", gather)(
             self
@@ -405,6 +411,7 @@ class WeightSharing(NaturalGradientMaker):
         return sum(p.numel() for p in parameters_of(module)) ** 0.3
 
     def get_distr_prec_partition(self) -> list[list[int]]:
+        """Which rank inverts what; without ranks, all of it is rank 0."""
         if self.world_size > 1:
             return super().get_distr_prec_partition()
         # Everything is rank 0's. Layers may be frozen and unfrozen later, so there is room for all

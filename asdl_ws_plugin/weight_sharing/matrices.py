@@ -67,6 +67,7 @@ class UnitWise(symmatrix.UnitWise):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """Upstream's, for a bias or a weight alone too."""
         blocks = self.inv if use_inv else self.data  # (units, weights of a unit + bias, same)
         units = blocks.shape[0]
         vectors = vec_weight.reshape(units, -1)
@@ -91,6 +92,7 @@ class LayerWise(SymMatrix):
 
     @property
     def has_inv(self) -> bool:
+        """Whether the inverse is there."""
         return self.inv is not None
 
     def mvp(
@@ -101,6 +103,7 @@ class LayerWise(SymMatrix):
         use_inv: bool = False,
         inplace: bool = False,
     ) -> ParamVector | list[Tensor]:
+        """Multiply with the block or its inverse."""
         if vectors is not None:
             return super().mvp(vectors=vectors, use_inv=use_inv, inplace=inplace)
         given = [vec for vec in (vec_weight, vec_bias) if vec is not None]

@@ -259,6 +259,7 @@ class Conv2dReduce(_Reduce, _Conv2d):
     """K-FAC-reduce for ``nn.Conv2d``."""
 
     def preprocess_in_data(self, module: Any, in_data: Tensor, out_data: Tensor) -> Tensor:
+        """The mean patch, ``(N, 1, P)``, where A alone is wanted; else the patches."""
         if (
             self._only_kron() and in_data.ndim == 4
         ):  # the mean patch is all that A needs, and has no positions left
@@ -318,10 +319,12 @@ class LayerNorm(_Normalization, upstream.LayerNorm):
 
     @staticmethod
     def num_feature_dims(module: Any) -> int:
+        """As many trailing dimensions as are normalized."""
         return len(module.normalized_shape)
 
     @staticmethod
     def normalized(module: Any, in_data: Tensor) -> Tensor:
+        """The normalized input, before weight and bias."""
         return F.layer_norm(in_data, in_data.shape[-1:], eps=module.eps)
 
 
@@ -332,6 +335,7 @@ class BatchNorm(_Normalization, upstream.BatchNorm1d):
 
     @staticmethod
     def normalized(module: Any, in_data: Tensor) -> Tensor:
+        """The normalized input, before weight and bias."""
         mean, var = module.running_mean, module.running_var
         use_batch = module.training or mean is None
         flat = in_data.reshape(-1, in_data.shape[-1])
@@ -353,6 +357,7 @@ class Embedding(_SumOverPositions, upstream.Embedding):
 
     @staticmethod
     def batch_grads_weight(module: Any, in_data: Tensor, out_grads: Tensor) -> Tensor:
+        """Each example its own gradient: its rows added up by id, ``(N, ids, features)``."""
         dtype = factors.accumulation_dtype(out_grads.dtype)
         out_grads = out_grads.to(dtype)
         if module.padding_idx is not None:
@@ -361,6 +366,7 @@ class Embedding(_SumOverPositions, upstream.Embedding):
         return grads.scatter_add_(1, in_data.unsqueeze(-1).expand_as(out_grads), out_grads)
 
     def cov_diag_weight(self, module: Any, in_data: Tensor, out_grads: Tensor) -> Tensor:
+        """The squares of the single gradients, one example in memory at a time."""
         total = torch.zeros_like(module.weight, dtype=factors.accumulation_dtype(out_grads.dtype))
         for ids, grads in zip(in_data.split(1), out_grads.split(1), strict=True):
             total += self.batch_grads_weight(module, ids, grads)[0].square()

@@ -142,6 +142,7 @@ class WeightSharingLinear(nn.Linear):
         self.__dict__.pop(_OWN, None)
 
     def extra_repr(self) -> str:
+        """PyTorch's, with the role."""
         return super().extra_repr() + (f", role={self.role!r}" if self.role is not None else "")
 
 
@@ -274,6 +275,7 @@ def padding(model: nn.Module, mask: Tensor | Mapping[str, Tensor]) -> Iterator[N
 
 
 def make_padding(mask: Tensor | Mapping[str, Tensor]) -> Positions:
+    """What a context manager holds for a model: one mask, or one for each name."""
     masks = {
         name: Mask(value)
         for name, value in (mask.items() if isinstance(mask, Mapping) else [("mask", mask)])

@@ -202,6 +202,7 @@ class Segments(Ragged):
 
     @property
     def device(self) -> torch.device:
+        """Where the index lies."""
         return self.index.device
 
     def with_num_examples(self, num_examples: int) -> Segments:
@@ -238,6 +239,7 @@ class Segments(Ragged):
         )
 
     def counts(self) -> Tensor:
+        """Rows of each example, ``(N,)``."""
         if self._counts is None:
             self._counts = torch.bincount(self.index, minlength=self.num_examples + 1)[
                 : self.num_examples
@@ -245,6 +247,7 @@ class Segments(Ragged):
         return self._counts
 
     def sum(self, x: Tensor) -> Tensor:
+        """Sum over the rows of each example: ``(rows, P) -> (N, P)``."""
         x = x.to(accumulation_dtype(x.dtype))
         if x.shape[0] == 0:
             return x.new_zeros(self.num_examples, *x.shape[1:])
@@ -275,6 +278,7 @@ class Segments(Ragged):
         return self._order
 
     def rows(self, x: Tensor) -> Tensor:
+        """The rows that belong to an example."""
         return x if self.mask is None else x[self.mask]
 
     def rank(self) -> Tensor:
@@ -285,6 +289,7 @@ class Segments(Ragged):
         return rank
 
     def pad(self, x: Tensor) -> Tensor:
+        """Dense, with zeros behind the rows of each example: ``(N, max R_n, P)``."""
         longest = max(1, int(self.counts().max()) if self.num_examples else 1)
         padded = x.new_zeros(self.num_examples, longest, *x.shape[1:])
         rank, index = self.rank(), self.index
@@ -316,17 +321,21 @@ class Mask(Ragged):
 
     @staticmethod
     def cat(parts: Sequence[Mask]) -> Mask:
+        """Masks side by side: positions of one example one after the other."""
         return (
             parts[0] if len(parts) == 1 else Mask(torch.cat([part.mask for part in parts], dim=1))
         )
 
     def repeated(self, times: int) -> Mask:
+        """Every position several times, one after the other."""
         return self if times == 1 else Mask(self.mask.repeat_interleave(times, dim=1))
 
     def counts(self) -> Tensor:
+        """Real tokens of each example, ``(N,)``."""
         return self.mask.sum(1)
 
     def sum(self, x: Tensor) -> Tensor:
+        """Sum over the real tokens of each example: ``(N, R, P) -> (N, P)``."""
         x = x.to(accumulation_dtype(x.dtype))
         # A product with the mask instead of a sum of masked values: one pass, no copy. It takes NaN
         # from padding along, where there is any; a padded copy does not.
@@ -334,9 +343,11 @@ class Mask(Ragged):
         return total if bool(torch.isfinite(total).all()) else self.pad(x).sum(1)
 
     def rows(self, x: Tensor) -> Tensor:
+        """The real tokens alone, ``(rows, P)``."""
         return x[self.mask]
 
     def pad(self, x: Tensor) -> Tensor:
+        """Zeros in place of the padding, ``(N, R, P)``."""
         return x.masked_fill(~self.mask.unsqueeze(-1), 0)
 
 

@@ -68,6 +68,7 @@ class Observation:
 
     @property
     def input(self) -> Tensor:
+        """The logits."""
         return self.arguments["input"]
 
     @property

@@ -142,7 +142,7 @@ def test_every_option_equals_the_original(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-def test_is_causal(need_weights: bool, padded: bool) -> None:
+def test_a_causal_call_equals_the_original(need_weights: bool, padded: bool) -> None:
     original, ours = both(batch_first=True)
     xs = inputs({"batch_first": True}, same="qkv")
     mask = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_blocks_are_views_of_the_parameters() -> None:
     assert k.weight.grad is None and list(k.parameters()) == []
     ours(*inputs({}))[0].sum().backward()
     ours(*inputs({}))[0].sum().backward()  # accumulates
-    k.weight.grad.mul_(3)
+    k.weight.grad.mul_(3)  # type: ignore[attr-defined]
     assert torch.equal(ours.in_proj_weight.grad[E : 2 * E], k.weight.grad)
     with torch.no_grad():
         nn.init.constant_(k.weight, 0.25)
@@ -577,7 +577,9 @@ PADDING = torch.tensor([[False] * L, [False] * (L - 1) + [True], [False] * (L - 
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_encoder(batch_first: bool, norm_first: bool, train: bool, bias: bool) -> None:
+def test_a_converted_encoder_equals_the_original(
+    batch_first: bool, norm_first: bool, train: bool, bias: bool
+) -> None:
     original = encoder(batch_first, norm_first, bias).train(train)
     ours = convert(copy.deepcopy(original))
     x = torch.randn(N, L, E) if batch_first else torch.randn(L, N, E)
@@ -617,7 +619,9 @@ def test_encoder(batch_first: bool, norm_first: bool, train: bool, bias: bool) -
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_transformer(batch_first: bool, norm_first: bool, train: bool) -> None:
+def test_a_converted_transformer_equals_the_original(
+    batch_first: bool, norm_first: bool, train: bool
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         original = nn.Transformer(

@@ -89,7 +89,9 @@ def scaled(factors: Factors, num_examples: int, num_terms: int) -> Factors:
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("sharing", [(6,), (2, 3)], ids=["1d", "2d"])
 @pytest.mark.parametrize("setting", ["expand", "reduce"])
-def test_deep_linear_networks(setting: str, sharing: tuple[int, ...], depth: int):
+def test_the_matching_approximation_of_deep_linear_networks_is_exact(
+    setting: str, sharing: tuple[int, ...], depth: int
+):
     """Props. 3.2 and 3.5: the matching approximation is the block, and preconditions as it does;
     the other is not.
     """
@@ -104,9 +106,8 @@ def test_deep_linear_networks(setting: str, sharing: tuple[int, ...], depth: int
     for row in result.rows:
         assert row.error[setting] < 1e-10
         assert row.error[other] > 0.05
-        if (
-            depth == 1
-        ):  # behind another layer, B has the rank of the logits and there is nothing but damping left
+        # Behind another layer, B has the rank of the logits and there is nothing but damping left.
+        if depth == 1:
             assert row.cosine[setting] > 1 - 1e-6
             assert row.cosine[other] < 0.999
 
@@ -148,7 +149,7 @@ CASES: dict[str, Any] = {
 
 @pytest.mark.parametrize("loss_type", [CE, MSE, BCE])
 @pytest.mark.parametrize("case", list(CASES))
-def test_errors_and_cosines(case: str, loss_type: str):
+def test_errors_and_cosines_are_those_of_the_oracles_blocks(case: str, loss_type: str):
     make, input_sizes, target_sizes = CASES[case]
     model, x, y = make(), torch.randn(input_sizes) + 0.3, targets_for(loss_type, target_sizes)
     result = approximation_error(model, loss_type, (x, y), damping=DAMPING)
@@ -171,7 +172,7 @@ def test_errors_and_cosines(case: str, loss_type: str):
         assert result[name].type == type(module).__name__
 
 
-def test_labels_left_out():
+def test_labels_that_are_left_out_are_no_terms():
     """``ignore_index`` and NaN labels are no loss terms: a term's weight is 0."""
     model, x = mlp(False), torch.randn(N, R, P)
     y = torch.randint(C, (N, R))
@@ -221,7 +222,7 @@ def test_soft_labels_and_a_loss_of_the_users():
         assert_row(result["layers.0"], *expected(exact / terms, factors, grad, 1e-3))
 
 
-def test_padding():
+def test_padded_sequences_count_at_their_own_length():
     """Padded sequences: every example at its own length, by a loop over single examples."""
 
     class Pooled(nn.Module):
@@ -302,7 +303,7 @@ def test_projections_of_converted_attention():
         assert {s: row.cosine[s] for s in cosines} == pytest.approx(cosines, rel=1e-8)
 
 
-def test_sequence_first():
+def test_a_sequence_first_model_has_the_errors_of_batch_first():
     class SequenceFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -465,7 +466,7 @@ def test_what_is_left_out_and_what_is_refused():
         approximation_error(model, CE, (x, y), ["smal1"], max_weights=100)
 
 
-def test_invalid_arguments():
+def test_arguments_that_make_no_sense_are_refused():
     model, data = mlp(True), (torch.randn(N, R, P), torch.randint(C, (N,)))
     for error, match, arguments in (
         (TypeError, "torch.nn.Module", (print, CE, data)),
@@ -516,17 +517,24 @@ LARGE = """
 import torch
 import asdl_ws_plugin
 
+
 def peak():  # of this program; getrusage would begin with that of the process that started it
-    lines = open('/proc/self/status').read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmHWM'))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
 
 def measure(inputs, outputs, damping):
-    model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, 3))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(inputs, outputs), torch.nn.Tanh(), torch.nn.Linear(outputs, 3)
+    )
     data, before = (torch.randn(8, 2, inputs), torch.randint(3, (8, 2))), peak()
-    result = asdl_ws_plugin.approximation_error(model, 'cross_entropy', data, ['0'], damping=damping)
-    assert all(0 < error < 1.5 for error in result['0'].error.values()), result
+    result = asdl_ws_plugin.approximation_error(
+        model, "cross_entropy", data, ["0"], damping=damping
+    )
+    assert all(0 < error < 1.5 for error in result["0"].error.values()), result
     print((peak() - before) / (4 * (inputs * outputs) ** 2))
-    return result['0'].cosine
+    return result["0"].cosine
+
 
 torch.manual_seed(0)
 torch.linalg.cholesky(torch.eye(50) + torch.ones(50, 50))

@@ -19,9 +19,12 @@ from torch import nn
 from asdl_ws_plugin.__main__ import load_model, main, make_input, shared_dim_of
 from asdl_ws_plugin._torchvision import make_importable
 
+pytestmark = pytest.mark.slow
+
 MODELS = """
 import torch
 from torch import nn
+
 
 class Tokens(nn.Module):
     def __init__(self):
@@ -29,16 +32,25 @@ class Tokens(nn.Module):
         self.embedding = nn.Embedding(100, 8)
         self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.head = nn.Linear(8, 5)
+
     def forward(self, ids, mask=None):
-        return self.head(self.layer(self.embedding(ids), src_key_padding_mask=None if mask is None else ~mask))
+        return self.head(
+            self.layer(self.embedding(ids), src_key_padding_mask=None if mask is None else ~mask)
+        )
+
 
 class Holder:
     model = nn.Linear(3, 2)
 
+
 tokens = Tokens()
 number = 3
+
+
 def factory():
     return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
 def needs_argument(x):
     return x
 """
@@ -66,7 +78,7 @@ def rows(report: dict[str, Any]) -> dict[str, Any]:
     return {row["name"]: row for row in report["rows"]}
 
 
-def test_timm(capsys: pytest.CaptureFixture[str]):
+def test_models_of_timm_are_inspected(capsys: pytest.CaptureFixture[str]):
     report = run(capsys, "timm:vit_tiny_patch16_224", "--input", "2,3,224,224")
     assert report["model"] == "VisionTransformer" and report["num_examples"] == 2
     assert report["matrix_coverage"] == 1.0 and 0.99 < report["coverage"] < 1
@@ -74,7 +86,7 @@ def test_timm(capsys: pytest.CaptureFixture[str]):
     assert rows(report)["blocks.3.mlp.fc1"]["R"] == 197
 
 
-def test_torchvision_and_convert(capsys: pytest.CaptureFixture[str]):
+def test_models_of_torchvision_are_inspected_converted_or_not(capsys: pytest.CaptureFixture[str]):
     before = run(capsys, "torchvision:swin_v2_t", "--input", "1,3,64,64")
     after = run(capsys, "torchvision:swin_v2_t", "--input", "1,3,64,64", "--convert")
     assert before["matrix_coverage"] < 0.8
@@ -126,7 +138,7 @@ def test_models_of_the_users(here: Path, capsys: pytest.CaptureFixture[str]):
     assert run(capsys, "cli_test_models:factory", "--input", "1,3", "--eval")["coverage"] == 1.0
 
 
-def test_inputs():
+def test_inputs_are_made_as_the_arguments_say():
     torch.manual_seed(0)
     keyword, x = make_input("2,3,4")
     assert keyword is None and x.shape == (2, 3, 4) and x.dtype == torch.float32 and x.std() > 0.3
@@ -141,7 +153,7 @@ def test_inputs():
     assert make_input("mask=3:bool")[1].tolist() == [True] * 3
 
 
-def test_shared_dim():
+def test_shared_dim_is_read_from_the_arguments():
     assert shared_dim_of(["auto"]) == "auto"
     assert shared_dim_of(["reduce", "head=expand"]) == ["reduce", ("head", "expand")]
     assert shared_dim_of(["decoder=reduce,sequence_first"]) == [
@@ -198,21 +210,25 @@ def test_shared_dim():
         ),
     ],
 )
-def test_errors(here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str):
+def test_what_is_wrong_is_said_in_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+):
     assert main(["inspect", *arguments]) == 2
     out = capsys.readouterr()
     assert not out.out and len(out.err.splitlines()) == 1
     assert re.search(f"^error: .*{message}", out.err), out.err
 
 
-def test_a_missing_library(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_missing_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     make_importable()
     monkeypatch.setitem(sys.modules, "timm", None)
     assert main(["inspect", "timm:vit_tiny_patch16_224", "--input", "2,3"]) == 2
     assert "pip install timm" in capsys.readouterr().err
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]):
+def test_wrong_usage_shows_the_usage(capsys: pytest.CaptureFixture[str]):
     for arguments in ([], ["inspect"], ["inspect", "timm:x"], ["train"]):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
@@ -220,7 +236,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]):
     assert "usage: python -m asdl_ws_plugin" in capsys.readouterr().err
 
 
-def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch):
+def test_no_weights_are_downloaded(monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a download")
 
@@ -230,7 +246,7 @@ def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch):
     assert isinstance(load_model("torchvision:resnet18"), nn.Module)
 
 
-def test_as_a_program(here: Path):
+def test_it_runs_as_a_program(here: Path):
     """The table goes to stdout, and the directory of the user's module need not be installed."""
     root = str(Path(__file__).parents[2])
     done = subprocess.run(

@@ -191,9 +191,10 @@ def test_it_says_what_training_does(case: str):
         )
         is not None
     }
-    assert report.num_seen == sum(p.numel() for p in covered.values())
-    assert report.num_parameters == sum(p.numel() for p in model.parameters())
-    assert report.coverage == report.num_seen / report.num_parameters
+    seen = sum(p.numel() for p in covered.values())
+    everything = sum(p.numel() for p in model.parameters())
+    assert (report.num_seen, report.num_parameters) == (seen, everything)
+    assert report.coverage == seen / everything
     assert report.matrix_coverage == 1.0
 
 
@@ -225,7 +226,7 @@ def test_rows_of_a_vit():
     assert report.num_parameters - report.num_seen == model.num_parameters
 
 
-def test_positions_and_calls():
+def test_the_report_counts_positions_and_calls():
     calls = inspect(Calls(), torch.randn(N, 8, E))
     assert [(row.name, row.R, row.calls) for row in calls.rows] == [
         ("twice", 16, 2),
@@ -274,7 +275,7 @@ def test_positions_and_calls():
     )
 
 
-def test_setting_and_strategies():
+def test_the_setting_is_told_by_the_logits():
     class Output(nn.Module):
         def __init__(self, *sizes: int) -> None:
             super().__init__()
@@ -399,7 +400,7 @@ class Zoo(nn.Module):
         return self.head(x.mean(1))
 
 
-def test_reasons():
+def test_every_layer_that_is_not_seen_has_a_reason_and_a_remedy():
     rows = unseen(Zoo(), torch.randn(N, R, E))
     expected = {
         "": ("Raw Parameters ('gamma', 'projection')", "weight of a layer that is called"),
@@ -431,7 +432,7 @@ def test_a_layer_without_batch_at_every_number_of_examples():
     assert whole.coverage == 1.0
 
 
-def test_matrix_parameters():
+def test_parameters_in_matrices_are_counted():
     report = inspect(Zoo(), torch.randn(N, R, E))
     matrices = {"stem", "grouped", "conv1d", "never", "used", "no_grad", "aside", "misfit"}
     count = (
@@ -525,7 +526,7 @@ def test_refusals_of_hooks_are_rows():
 
 
 @pytest.mark.filterwarnings("ignore:.*requires_grad=True.*:UserWarning")
-def test_checkpointing_and_compilation():
+def test_checkpointed_and_compiled_models_are_inspected():
     class Checkpointed(nn.Module):
         def __init__(self, use_reentrant: bool) -> None:
             super().__init__()
@@ -579,13 +580,13 @@ class Changing(CNN):
 
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(1 + random.random() + numpy.random.rand())
-        self.count = self.count + 1
+        self.count: Tensor = self.count + 1
         self.norm.momentum, self.head.training = 0.3, False
         return super().forward(x)
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["ok", "failing"])
-def test_nothing_changes(failing: bool):
+def test_inspecting_changes_nothing(failing: bool):
     model, x = Changing(), torch.randn(N, 2, 9, 7)
     model.conv.weight.grad = torch.ones_like(model.conv.weight)
     handles = [
@@ -651,6 +652,14 @@ def report_to_print() -> Report:
     return inspect(model, torch.randn(N, R, E))
 
 
+def test_str_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch):
+    """There rich shows what it prints by itself, whatever file it is given."""
+    report = asdl_ws_plugin.inspect(nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3))
+    expected = str(report)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(report) == expected and "Linear" in expected
+
+
 def test_prints_with_rich_and_without(monkeypatch: pytest.MonkeyPatch):
     report = report_to_print()
     console = Console(record=True, width=150)
@@ -687,7 +696,7 @@ def test_prints_with_rich_and_without(monkeypatch: pytest.MonkeyPatch):
         assert row[end - 1] != " " and row[end : end + 1] in ("", " ")
 
 
-def test_json():
+def test_the_report_as_json_has_what_it_has():
     report = report_to_print()
     data = json.loads(report.to_json())
     assert data == json.loads(json.dumps(report.to_dict()))

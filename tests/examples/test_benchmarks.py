@@ -11,6 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -59,7 +61,9 @@ def test_kinds_of_steps_and_their_weights(step_time: ModuleType) -> None:
     )
 
 
-def test_parts_are_exclusive(step_time: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_part_leaves_out_the_parts_inside(
+    step_time: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(sys.modules["_timing"].time, "perf_counter", lambda: float(next(clock)))
     part = step_time.Parts()

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -25,7 +27,7 @@ def report(vit_digits: ModuleType) -> ModuleType:
     return sys.modules["_report"]
 
 
-def test_vit_digits(
+def test_the_digits_example_runs_and_reports_what_it_did(
     vit_digits: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline, kfac = vit_digits.main(["--quick", "--out", str(tmp_path)])
@@ -64,7 +66,7 @@ def test_digits_do_not_overlap(vit_digits: ModuleType) -> None:
     )
 
 
-def test_shifted(vit_digits: ModuleType) -> None:
+def test_images_are_shifted_by_whole_pixels(vit_digits: ModuleType) -> None:
     x = torch.randn(40, 1, 8, 8)
     moved = vit_digits.shifted(x, torch.Generator().manual_seed(0))
     found = set()
@@ -83,7 +85,7 @@ def test_shifted(vit_digits: ModuleType) -> None:
     assert len(found) == 9  # every direction occurs, and they are independent of each other
 
 
-def test_report(report: ModuleType) -> None:
+def test_the_report_has_what_was_recorded(report: ModuleType) -> None:
     run = report.Run("ours")
     for step, value in ((0, 0.1), (5, 0.98), (10, 0.96)):
         run.record(step, step / 10, value)

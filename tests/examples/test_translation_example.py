@@ -73,7 +73,7 @@ def test_reads_what_the_standard_library_reads(
     )
     path = tmp_path / "x.mo"
     path.write_bytes(content)
-    stored = gettext.GNUTranslations(io.BytesIO(content))._catalog
+    stored = vars(gettext.GNUTranslations(io.BytesIO(content)))["_catalog"]
     expected = {key.rpartition("\x04")[2]: value for key, value in stored.items() if key}
     assert dict(data.read_catalogue(path)) == expected
     assert expected == {"file": "Datei", "Open": "Öffnen", "one\nline": "eine\nZeile"}
@@ -88,7 +88,7 @@ def test_plural_forms_are_two_messages(data: ModuleType, tmp_path: Path) -> None
     ]
 
 
-def test_encodings(data: ModuleType, tmp_path: Path) -> None:
+def test_catalogues_of_any_encoding_are_read(data: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "x.mo"
     path.write_bytes(catalogue({"size": "Größe".encode("latin-1")}, charset="ISO-8859-1"))
     assert list(data.read_catalogue(path)) == [("size", "Größe")]
@@ -102,7 +102,7 @@ def test_encodings(data: ModuleType, tmp_path: Path) -> None:
     assert list(data.read_catalogue(path)) == []
 
 
-def test_broken_catalogues(data: ModuleType, tmp_path: Path) -> None:
+def test_broken_catalogues_are_refused(data: ModuleType, tmp_path: Path) -> None:
     content = catalogue({"file": "Datei", "two files": "zwei Dateien"})
     path = tmp_path / "x.mo"
     for broken, message in (
@@ -146,11 +146,13 @@ def test_broken_catalogues(data: ModuleType, tmp_path: Path) -> None:
         ("", None),
     ],
 )
-def test_clean(data: ModuleType, message: str, expected: str | None) -> None:
+def test_messages_are_cleaned_or_left_out(
+    data: ModuleType, message: str, expected: str | None
+) -> None:
     assert data.clean(message) == expected
 
 
-def test_pairs(data: ModuleType, tmp_path: Path) -> None:
+def test_messages_of_a_catalogue_become_pairs(data: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "de" / "LC_MESSAGES" / "x.mo"
     path.parent.mkdir(parents=True)
     path.write_bytes(
@@ -179,7 +181,7 @@ def test_pairs(data: ModuleType, tmp_path: Path) -> None:
     assert len({german.casefold().strip("?") for german, _ in pairs}) == 4
 
 
-def test_number_words(data: ModuleType) -> None:
+def test_numbers_are_spelled_in_german_and_english(data: ModuleType) -> None:
     for number, pair in {
         0: ("null", "zero"),
         1: ("eins", "one"),
@@ -208,7 +210,7 @@ def test_number_words(data: ModuleType) -> None:
 # ---------------------------------------------------------------------------------- tokens, batches
 
 
-def test_tokenizer(data: ModuleType) -> None:
+def test_the_tokenizer_is_deterministic_and_loses_nothing(data: ModuleType) -> None:
     pairs = data.number_pairs(300)
     tokenizer = data.train_tokenizer(pairs, 320)
     assert tokenizer.to_str() == data.train_tokenizer(pairs, 320).to_str()
@@ -220,7 +222,7 @@ def test_tokenizer(data: ModuleType) -> None:
     assert len(source) < len(text.encode()) and data.PAD not in source + target
 
 
-def test_batch(data: ModuleType) -> None:
+def test_a_batch_is_padded_and_shifted(data: ModuleType) -> None:
     bos, eos, pad = data.BOS, data.EOS, data.PAD
     source, decoder_input, labels = data.batch(
         [([5, eos], [bos, 6, 7, eos]), ([8, 9, eos], [bos, 4, eos])]
@@ -231,7 +233,7 @@ def test_batch(data: ModuleType) -> None:
     assert torch.equal(decoder_input != pad, labels != pad)
 
 
-def test_batches(data: ModuleType) -> None:
+def test_batches_are_drawn_anew_in_every_epoch(data: ModuleType) -> None:
     items = [([i, data.EOS], [data.BOS, *[4] * (i % 7), data.EOS]) for i in range(10, 60)]
     first, second = (data.batches(items, 8, torch.Generator().manual_seed(1)) for _ in range(2))
     epochs = [[next(first) for _ in range(6)] for _ in range(2)]  # 50 // 8
@@ -294,7 +296,9 @@ def test_evaluation_is_a_mean_over_tokens(example: ModuleType, model: nn.Module)
     assert model.training
 
 
-def test_greedy_decoding(example: ModuleType, data: ModuleType, double: None) -> None:
+def test_greedy_decoding_takes_the_likeliest_token(
+    example: ModuleType, data: ModuleType, double: None
+) -> None:
     tokenizer = data.train_tokenizer(data.number_pairs(50), 270)
     model = example.Translator(270, width=16, depth=1).eval()
     with torch.no_grad():

@@ -20,6 +20,7 @@ from torch.func import functional_call, hessian, jacrev, vmap
 
 from asdl_ws_plugin.weight_sharing.capture import Layer, recording
 from asdl_ws_plugin.weight_sharing.registry import is_supported
+from oracles.layers import perturbed, rows_of, seen_by
 
 CE, MSE, BCE = "cross_entropy", "mse", "binary_cross_entropy"
 
@@ -93,76 +94,24 @@ def parameter_jacobians(model: nn.Module, parameter: str, x: Tensor) -> Tensor:
     return vmap(jacrev(logits), (None, 0))(value, x).flatten(3)
 
 
-def _positions_last_features(module: nn.Module, y: Tensor) -> Tensor:
-    """A layer's output for one example as ``(R, Q)``."""
-    y = y.movedim(1, -1) if isinstance(module, nn.Conv2d) else y
-    return y.reshape(-1, y.shape[-1])
-
-
 def output_jacobians(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
     """``b_{n,r,m}``ᵀ of eq. 3.4: of the logits with respect to the layer's outputs, ``(N, R', C, R,
     Q)``.
 
     A layer that is called several times has its calls' positions one after the other.
     """
-    outputs: list[Tensor] = []
-    shifts: list[Tensor] = []
-
-    def hook(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-        if not shifts:
-            outputs.append(out.detach())
-            return out
-        return out + shifts.pop(0)
-
-    def logits(shift: list[Tensor], n: int) -> Tensor:
-        shifts.extend(shift)
-        return _rows_of(model(x[n : n + 1]))
-
-    handle = module.register_forward_hook(hook)
-    result = []
-    try:
-        for n in range(len(x)):
-            outputs.clear()
-            with torch.no_grad():
-                model(x[n : n + 1])
-            jacobians = jacrev(logits)([torch.zeros_like(out) for out in outputs], n)
-            parts = []
-            for jacobian in jacobians:
-                flat = jacobian.flatten(0, 1)  # (R' C) *out
-                parts.append(torch.stack([_positions_last_features(module, j) for j in flat]))
-            stacked = torch.cat(parts, dim=1)
-            result.append(stacked.unflatten(0, jacobians[0].shape[:2]))
-    finally:
-        handle.remove()
-    return torch.stack(result)
+    _, jacobians = seen_by(module, lambda n: model(x[n : n + 1]), len(x))
+    return torch.stack(jacobians).unflatten(1, terms_of(model, x).shape[1:])
 
 
 def layer_inputs(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
-    """What the layer's weight is multiplied with: ``(N, R, P)``. A convolution's patches are its
-    own Jacobian.
-    """
+    """What the layer's weight is multiplied with: ``(N, R, P)``."""
     result = []
-    inputs: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
-    try:
-        for n in range(len(x)):
-            inputs.clear()
-            with torch.no_grad():
-                model(x[n : n + 1])
-            result.append(torch.cat([_patches(module, a) for a in list(inputs)]))
-    finally:
-        handle.remove()
+    for n in range(len(x)):
+        with perturbed([module]) as seen, torch.no_grad():
+            model(x[n : n + 1])
+        result.append(torch.cat([rows_of(module, a) for _, a, _ in seen]))
     return torch.stack(result)
-
-
-def _patches(module: nn.Module, a: Tensor) -> Tensor:
-    if not isinstance(module, nn.Conv2d):
-        return a.reshape(-1, a.shape[-1])
-
-    def first_channel(weight: Tensor) -> Tensor:
-        return functional_call(module, {"weight": weight}, (a,))[0, 0].flatten()
-
-    return jacrev(first_channel)(module.weight.detach())[:, 0].flatten(1)
 
 
 # ------------------------------------------------------------------------------- blocks and factors
@@ -197,6 +146,24 @@ class Factors:
     def block(self) -> Tensor:
         """In the order of a weight flattened by rows."""
         return torch.kron(self.B.contiguous(), self.A.contiguous())
+
+
+def assert_factors(
+    module: Any,
+    expected: Factors | tuple[Tensor, Tensor],
+    data_size: float = 1.0,
+    rtol: float = 1e-10,
+) -> None:
+    """The layer's Kronecker factors are the expected ones over ``data_size``, to ``rtol`` of their
+    largest element.
+    """
+    A, B = (expected.A, expected.B) if isinstance(expected, Factors) else expected
+    for name, found, want in (("A", module.fisher.kron.A, A), ("B", module.fisher.kron.B, B)):
+        assert found.shape == want.shape, (name, found.shape, want.shape)
+        scale = want.abs().max() / data_size
+        assert scale > 0, f"{name}: a factor of zeros tests nothing"
+        error = (found.double() - want / data_size).abs().max() / scale
+        assert error < rtol, f"{name} is off by {error:.2e}"
 
 
 def factor_A(a: Tensor, strategy: str) -> Tensor:
@@ -244,6 +211,28 @@ def example_grads(
 # ------------------------------------------------------------------------------- the package's side
 
 
+def run_fisher(
+    model: nn.Module,
+    config: FisherConfig,
+    loss: tuple[Any, ...] | None,
+    *args: Any,
+    call: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Compute the curvature of one batch by ``get_fisher_maker`` and return the maker.
+
+    Args:
+        loss: a function and its targets; ``None`` where the Fisher needs none.
+        call: what is called with the arguments, the model unless given.
+    """
+    maker = get_fisher_maker(model, config)
+    logits = maker.setup_model_call(model if call is None else call, *args, **kwargs)
+    if loss is not None:
+        maker.setup_loss_call(loss[0], logits, *loss[1:])
+    maker.forward_and_backward()
+    return maker
+
+
 def computed_fisher(
     model: nn.Module,
     x: Tensor,
@@ -256,14 +245,9 @@ def computed_fisher(
     its targets.
     """
     config = {"fisher_type": "fisher_exact", "loss_type": CE, "data_size": len(x), **config}
-    maker = get_fisher_maker(
-        model, FisherConfig(fisher_shapes=shapes, shared_dim=shared_dim, **config)
+    return run_fisher(
+        model, FisherConfig(fisher_shapes=shapes, shared_dim=shared_dim, **config), loss, x
     )
-    logits = maker.setup_model_call(model, x)
-    if loss is not None:
-        maker.setup_loss_call(loss[0], logits, *loss[1:])
-    maker.forward_and_backward()
-    return maker
 
 
 # ------------------------------------------------------------------------------------------- models

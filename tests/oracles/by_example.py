@@ -1,53 +1,31 @@
 """Ground truth for what a layout, a hook or a wrapper could spoil: Kronecker factors from a loop
 over single examples.
 
-One example at a time leaves no question of which dimension is the batch. The gradient with respect
-to a layer's output is taken by autograd with respect to a zero that is added to it; nothing here
-uses the package.
+One example at a time leaves no question of which dimension is the batch.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import asdl
 import torch
-import torch.nn.functional as F
-from asdl.fisher import FisherConfig, get_fisher_maker
+from asdl.fisher import FisherConfig
 from torch import Tensor, nn
 
+from oracles.autograd import assert_factors, run_fisher
+from oracles.layers import output_rows_of, perturbed, rows_of
 
-def rows_of(module: nn.Module, x: Tensor) -> Tensor:
-    """What the weight is multiplied with at every position of one example: ``(R, P)``."""
-    if isinstance(module, nn.Conv2d):
-        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        return x.movedim(1, -1).reshape(-1, x.shape[1])
-    return x.reshape(-1, x.shape[-1])
-
-
-def output_rows_of(module: nn.Module, g: Tensor) -> Tensor:
-    g = g.movedim(-3, -1) if isinstance(module, nn.Conv2d) else g
-    return g.reshape(-1, g.shape[-1])
-
-
-@contextlib.contextmanager
-def perturbed(modules: Sequence[nn.Module]) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]:
-    """Collect ``(module, input, zero added to the output)`` of every call."""
-    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, out: Tensor) -> Tensor:
-        zero = torch.zeros_like(out, requires_grad=True)
-        seen.append((module, (args or tuple(kwargs.values()))[0].detach().clone(), zero))
-        return out + zero
-
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+__all__ = [
+    "assert_factors",
+    "empirical_factors",
+    "fisher",
+    "hooks_of",
+    "kfac",
+    "kron",
+    "step",
+]
 
 
 def empirical_factors(
@@ -103,12 +81,9 @@ def fisher(
         ignore_modules=ignore,
         seed=seed,
     )
-    maker = get_fisher_maker(model, config)
-    dummy = maker.setup_model_call(model if call is None else call, *args, **kwargs)
-    if loss is not None:
-        maker.setup_loss_call(loss, dummy, target)
-    maker.forward_and_backward()
-    return maker
+    return run_fisher(
+        model, config, None if loss is None else (loss, target), *args, call=call, **kwargs
+    )
 
 
 def step(maker: Any, loss: Callable[..., Tensor], target: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -139,16 +114,8 @@ def kfac(model: nn.Module, shared_dim: Any = "reduce", **options: Any) -> Any:
     )
 
 
-def kron(module: nn.Module) -> tuple[Tensor, Tensor]:
+def kron(module: Any) -> tuple[Tensor, Tensor]:
     return module.fisher.kron.A, module.fisher.kron.B
-
-
-def assert_factors(module: nn.Module, expected: tuple[Tensor, Tensor], rtol: float = 1e-10) -> None:
-    for name, found, want in zip("AB", kron(module), expected, strict=True):
-        scale = want.abs().max()
-        assert scale > 0, "a factor of zeros tests nothing"
-        error = (found.double() - want).abs().max() / scale
-        assert error < rtol, f"{name} is off by {error:.2e}"
 
 
 def hooks_of(model: nn.Module) -> dict[str, tuple[Any, ...]]:

@@ -6,7 +6,7 @@ segments. Jacobians are autograd's; nothing here uses the package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from oracles.autograd import Factors, factor_A, loss_hessians
-
-Example = Callable[[int], Tensor]
+from oracles.layers import Example, seen_by
 
 
 @dataclass
@@ -82,37 +81,6 @@ def random_graphs(
 def graph_examples(model: nn.Module, graphs: Graphs) -> Example:
     """Logits ``(1, C)`` of the n-th graph on its own."""
     return lambda n: model(*graphs.single(n).arguments)
-
-
-def seen_by(
-    module: nn.Module, example: Example, num_examples: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """For every example, the layer's input ``(R_n, P)`` and the Jacobian of the C logits with
-    respect to its output, ``(C, R_n, Q)``; the calls of a layer that is called several times one
-    after the other.
-    """
-    inputs, jacobians = [], []
-    for n in range(num_examples):
-        ins: list[Tensor] = []
-        zeros: list[Tensor] = []
-
-        def hook(
-            _module: nn.Module, args: Any, out: Tensor, ins: Any = ins, zeros: Any = zeros
-        ) -> Tensor:
-            ins.append(args[0].detach().reshape(-1, args[0].shape[-1]))
-            zeros.append(torch.zeros_like(out, requires_grad=True))
-            return out + zeros[-1]
-
-        handle = module.register_forward_hook(hook)
-        logits = example(n).flatten()
-        handle.remove()
-        rows = []
-        for logit in logits:
-            grads = torch.autograd.grad(logit, zeros, retain_graph=True)
-            rows.append(torch.cat([grad.reshape(-1, grad.shape[-1]) for grad in grads]))
-        inputs.append(torch.cat(ins))
-        jacobians.append(torch.stack(rows))
-    return inputs, jacobians
 
 
 def ragged_factors(

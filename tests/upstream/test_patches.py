@@ -19,10 +19,13 @@ import refresh  # noqa: E402
 import series  # noqa: E402
 
 AUTHOR = "{GIT_AUTHOR_NAME} <{GIT_AUTHOR_EMAIL}>".format_map(series.ENVIRONMENT)
-pytestmark = pytest.mark.skipif(
-    metadata.version("asdfghjkl") != series.VERSION,
-    reason=f"the patches are for asdfghjkl {series.VERSION}",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        metadata.version("asdfghjkl") != series.VERSION,
+        reason=f"the patches are for asdfghjkl {series.VERSION}",
+    ),
+]
 
 SUBJECTS = [
     "core",
@@ -159,18 +162,31 @@ def test_patched_asdl_is_used_as_it_is(tree, tmp_path):
     """
     code = """
         import sys, asdl
+
         for name in ("fisher_maker", "grad_maker", "_version", "nvtx"):
             __import__(f"asdl.weight_sharing.{name}")
-        snapshot = {m: dict(vars(module)) for m, module in sys.modules.items() if m.split(".")[0] == "asdl"}
-        inits = [asdl.KfacGradientMaker.__init__, asdl.FisherConfig.__init__, asdl.get_fisher_maker.__code__]
+        snapshot = {
+            m: dict(vars(module)) for m, module in sys.modules.items() if m.split(".")[0] == "asdl"
+        }
+        inits = [
+            asdl.KfacGradientMaker.__init__,
+            asdl.FisherConfig.__init__,
+            asdl.get_fisher_maker.__code__,
+        ]
         import asdl_ws_plugin
         from asdl_ws_plugin.weight_sharing.plan import Plan
         import asdl_ws_plugin.weight_sharing.registry as registry
+
         assert Plan is asdl.weight_sharing.plan.Plan and registry is asdl.weight_sharing.registry
         assert asdl_ws_plugin.WeightSharingLinear is asdl.WeightSharingLinear
         assert asdl_ws_plugin.register_operation is asdl.register_operation
-        asdl_ws_plugin.unregister(); asdl_ws_plugin.register()
-        assert [asdl.KfacGradientMaker.__init__, asdl.FisherConfig.__init__, asdl.get_fisher_maker.__code__] == inits
+        asdl_ws_plugin.unregister()
+        asdl_ws_plugin.register()
+        assert [
+            asdl.KfacGradientMaker.__init__,
+            asdl.FisherConfig.__init__,
+            asdl.get_fisher_maker.__code__,
+        ] == inits
         for name, before in snapshot.items():
             now = vars(sys.modules[name])
             assert all(now[key] is value for key, value in before.items()), name

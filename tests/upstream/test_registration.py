@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import asdl
 import pytest
@@ -64,34 +65,68 @@ def train_once(maker_class=asdl.KfacGradientMaker, **options):
 
 def test_names_bound_before_the_import_accept_shared_dim():
     run("""
-        from asdl import EkfacGradientMaker, FisherConfig as Config, KfacGradientMaker, PreconditioningConfig
+        from asdl import (
+            EkfacGradientMaker,
+            FisherConfig as Config,
+            KfacGradientMaker,
+            PreconditioningConfig,
+        )
         from asdl import get_fisher_maker as top_level
         from asdl.fisher import FisherConfig, get_fisher_maker
-        from asdl.precondition.natural_gradient import KfacGradientMaker as Kfac, NaturalGradientMaker
-        early = FisherConfig('fisher_emp', ['kron'])
+        from asdl.precondition.natural_gradient import (
+            KfacGradientMaker as Kfac,
+            NaturalGradientMaker,
+        )
+
+        early = FisherConfig("fisher_emp", ["kron"])
+
 
         class Mine(KfacGradientMaker):
             def __init__(self, model, config, **kwargs):
                 super().__init__(model, config, **kwargs)
 
+
         import torch, torch.nn.functional as F
         from torch import nn
+
         before = torch.random.get_rng_state()
         import asdl_ws_plugin
+
         assert torch.equal(before, torch.random.get_rng_state())
 
         for make in (get_fisher_maker, top_level):
-            config = FisherConfig('fisher_mc', ['kron'], loss_type='cross_entropy', shared_dim='reduce')
-            assert type(make(nn.Sequential(nn.Linear(2, 2)), config)).__name__ == 'WeightSharingFisherMaker'
+            config = FisherConfig(
+                "fisher_mc", ["kron"], loss_type="cross_entropy", shared_dim="reduce"
+            )
+            assert (
+                type(make(nn.Sequential(nn.Linear(2, 2)), config)).__name__
+                == "WeightSharingFisherMaker"
+            )
         assert Config is FisherConfig and early.shared_dim is None
-        assert type(get_fisher_maker(nn.Linear(2, 2), early)).__name__ == 'FisherEmp'
+        assert type(get_fisher_maker(nn.Linear(2, 2), early)).__name__ == "FisherEmp"
 
-        for maker_class in (KfacGradientMaker, Kfac, Mine, EkfacGradientMaker, NaturalGradientMaker):
+        for maker_class in (
+            KfacGradientMaker,
+            Kfac,
+            Mine,
+            EkfacGradientMaker,
+            NaturalGradientMaker,
+        ):
             model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-            maker = maker_class(model, PreconditioningConfig(damping=.1), fisher_type='fisher_emp', shared_dim='reduce')
-            assert isinstance(maker, maker_class) and maker.shared_dim_for == {'0': 'reduce', '2': 'reduce'}
+            maker = maker_class(
+                model,
+                PreconditioningConfig(damping=0.1),
+                fisher_type="fisher_emp",
+                shared_dim="reduce",
+            )
+            assert isinstance(maker, maker_class) and maker.shared_dim_for == {
+                "0": "reduce",
+                "2": "reduce",
+            }
             dummy = maker.setup_model_call(model, torch.randn(4, 6, 3))
-            maker.setup_loss_call(lambda y, t: F.cross_entropy(y.mean(1), t), dummy, torch.tensor([0, 1, 1, 0]))
+            maker.setup_loss_call(
+                lambda y, t: F.cross_entropy(y.mean(1), t), dummy, torch.tensor([0, 1, 1, 0])
+            )
             maker.forward_and_backward()
             assert model[0].weight.grad.abs().sum() > 0
         """)
@@ -100,7 +135,10 @@ def test_names_bound_before_the_import_accept_shared_dim():
 def test_the_import_is_quiet_and_draws_in_neither_timm_nor_curvlinops():
     output = run("""
         import asdl_ws_plugin, sys
-        assert not {'timm', 'torchvision', 'curvlinops', 'matplotlib', 'rich', 'sklearn'} & set(sys.modules)
+
+        assert not {"timm", "torchvision", "curvlinops", "matplotlib", "rich", "sklearn"} & set(
+            sys.modules
+        )
         """)
     assert output == ""
 
@@ -165,11 +203,15 @@ def test_unregister_restores_every_place(registered):
             preamble
             + textwrap.dedent("""
             import asdl.weight_sharing, importlib, pkgutil
+
             for module in pkgutil.iter_modules(asdl.weight_sharing.__path__):
-                importlib.import_module(f'asdl.weight_sharing.{module.name}')
+                importlib.import_module(f"asdl.weight_sharing.{module.name}")
             before = everything_in_asdl()
             import asdl_ws_plugin
-            assert differences(before, everything_in_asdl()) == set(), differences(before, everything_in_asdl())
+
+            assert differences(before, everything_in_asdl()) == set(), differences(
+                before, everything_in_asdl()
+            )
             asdl_ws_plugin.unregister()
             asdl_ws_plugin.register()
             assert differences(before, everything_in_asdl()) == set()
@@ -181,19 +223,22 @@ def test_unregister_restores_every_place(registered):
         + textwrap.dedent("""
         before = everything_in_asdl()
         import asdl_ws_plugin
+
         changed = differences(before, everything_in_asdl())
-        assert changed, 'the import did nothing'
+        assert changed, "the import did nothing"
         asdl_ws_plugin.unregister()
-        assert differences(before, everything_in_asdl()) == set(), differences(before, everything_in_asdl())
+        assert differences(before, everything_in_asdl()) == set(), differences(
+            before, everything_in_asdl()
+        )
         try:
-            asdl.FisherConfig('fisher_emp', ['kron'], shared_dim='reduce')
+            asdl.FisherConfig("fisher_emp", ["kron"], shared_dim="reduce")
         except TypeError:
             pass
         else:
             raise AssertionError
         asdl_ws_plugin.register()
         assert differences(before, everything_in_asdl()) == changed
-        print(sorted({key[-1] if len(key) == 2 else '.'.join(key[1:]) for key in changed}))
+        print(sorted({key[-1] if len(key) == 2 else ".".join(key[1:]) for key in changed}))
         """)
     )
     assert set(eval(output)) == {
@@ -284,7 +329,7 @@ def test_an_unknown_version_is_refused(tmp_path, version):
 
 
 def test_the_configuration_is_still_a_dataclass():
-    config = FisherConfig("fisher_emp", ["kron"], shared_dim="reduce")
+    config: Any = FisherConfig("fisher_emp", ["kron"], shared_dim="reduce")
     assert dataclasses.is_dataclass(config)
     assert [field.name for field in dataclasses.fields(config)][-1] == "shared_dim"
     assert repr(config).startswith(

@@ -166,7 +166,7 @@ def test_a_failing_first_batch_decides_nothing():
 
 
 @pytest.mark.parametrize("fisher_type", ["fisher_mc", "fisher_emp", "fisher_forward_only"])
-def test_nothing_else_changes(fisher_type):
+def test_auto_changes_nothing_but_the_setting(fisher_type):
     """Buffers, generator state, gradient and factors of the first step are those of the setting
     named outright.
     """
@@ -177,7 +177,7 @@ def test_nothing_else_changes(fisher_type):
             nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, C)
         )
         maker = kfac(model, shared_dim, fisher_type=fisher_type, data_size=N, ema_decay=0.9)
-        calls = []
+        calls: list[int] = []
         model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         step(maker, F.cross_entropy, labels(N), torch.randn(N, 2, 4, 4))
         found.append(
@@ -197,7 +197,7 @@ def test_nothing_else_changes(fisher_type):
     torch.set_rng_state(state)
 
 
-def test_auto_among_rules():
+def test_auto_may_be_one_of_several_rules():
     model, x, target = Model("tokens"), torch.randn(N, R, D), labels(N, R)
     maker = kfac(
         model,
@@ -225,7 +225,7 @@ def test_the_setting_stays_none_where_nothing_is_auto():
     assert maker.setting is None and maker.shared_dim_for["fc1"] == "reduce"
 
 
-def test_through_a_configuration():
+def test_auto_is_taken_from_a_fisher_configuration():
     config = FisherConfig(
         "fisher_mc", ["kron"], loss_type="cross_entropy", shared_dim="auto", data_size=N
     )

@@ -20,7 +20,7 @@ class Model(nn.Module):
 
     def __init__(self, half=None):
         super().__init__()
-        self.half = half
+        self.lower = half
         self.conv, self.norm = nn.Conv2d(1, D, (D, 1)), nn.LayerNorm(D)
         self.fc1, self.fc2, self.head = (
             nn.Linear(D, 2 * D),
@@ -29,7 +29,7 @@ class Model(nn.Module):
         )
 
     def forward(self, x):  # (N, R, D)
-        with torch.autocast("cpu", self.half or torch.bfloat16, enabled=self.half is not None):
+        with torch.autocast("cpu", self.lower or torch.bfloat16, enabled=self.lower is not None):
             x = self.conv(x.mT.unsqueeze(1)).squeeze(2).mT
             x = x + self.fc2(torch.tanh(self.fc1(self.norm(x))))
             return self.head(x.mean(1))
@@ -64,7 +64,7 @@ def test_factors_under_autocast(fisher_type, setting, half, where):
     torch.manual_seed(1)
     model, (x, target) = Model(half if where == "inside the model" else None), batch()
     reference = copy.deepcopy(model)
-    reference.half = None
+    reference.lower = None
     options = {
         "fisher_type": fisher_type,
         "ema_decay": 1.0,

@@ -30,7 +30,7 @@ def test_a_layer_that_is_the_output() -> None:
     assert last_nodes(y, set(nodes(y=y).values())) == set(nodes(y=y).values())
 
 
-def test_nothing_is_reached() -> None:
+def test_a_loss_that_reaches_no_layer_has_no_last_nodes() -> None:
     y = nn.Linear(3, 3)(torch.randn(2, 3))
     other = nn.Linear(3, 3)(torch.randn(2, 3))
     assert last_nodes(y, set(nodes(other=other).values())) == set()

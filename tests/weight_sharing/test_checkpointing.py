@@ -120,7 +120,7 @@ def test_training_is_the_same_with_and_without(fisher_type, ema_decay):
         torch.testing.assert_close(with_checkpoints, without, rtol=1e-9, atol=1e-11)
 
 
-def test_checkpoint_sequential():
+def test_factors_under_checkpoint_sequential():
     model = nn.Sequential(*[Block() for _ in range(4)], nn.Flatten(1), nn.Linear(R * D, C))
     x, target = torch.randn(N, R, D), torch.randint(C, (N,))
     fisher(
@@ -160,7 +160,29 @@ def test_reentrant_checkpointing_is_refused_by_name(fisher_type, all_blocks):
     step(maker, F.cross_entropy, target, x)
 
 
-def test_reentrant_checkpoints_of_ignored_or_frozen_layers_do_no_harm():
+@pytest.mark.parametrize("how", ["ignored", "frozen"])
+def test_reentrant_checkpoints_of_ignored_or_frozen_layers_do_no_harm(how):
+    """The other layers have the factors that they have without checkpoints."""
     model = Model(reentrant=True, all_blocks=False)
-    maker = kfac(model, fisher_type="fisher_emp", ignore_modules=["blocks.1"], data_size=N)
-    step(maker, F.cross_entropy, torch.randint(C, (N,)), torch.randn(N, R, D))
+    if how == "frozen":
+        model.blocks[1].requires_grad_(False)
+    x, target = torch.randn(N, R, D), torch.randint(C, (N,))
+    maker = kfac(
+        model,
+        fisher_type="fisher_emp",
+        ignore_modules=["blocks.1"] if how == "ignored" else None,
+        data_size=N,
+        ema_decay=1.0,
+    )
+    step(maker, sum_loss, target, x)
+    plain = Model()
+    plain.load_state_dict(model.state_dict())
+    for name in ("embed", "blocks.0.fc1", "head"):
+        expected = empirical_factors(
+            plain.get_submodule(name),
+            lambda i: sum_loss(plain(x[i : i + 1]), target[i : i + 1]),
+            N,
+            "reduce",
+        )
+        assert_factors(model.get_submodule(name), expected)
+    assert not any(name.startswith("blocks.1") for name in maker.shared_dim_for)

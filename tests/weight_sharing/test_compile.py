@@ -9,6 +9,7 @@ from oracles.by_example import assert_factors, empirical_factors, kfac, kron, st
 from torch import nn
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("double"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch._dynamo.*:UserWarning"),
@@ -79,7 +80,7 @@ def assert_right(model, x, target, setting="reduce"):
 @pytest.mark.parametrize("ran", [True, False])
 @pytest.mark.parametrize("what", ["wrapper", "in place", "block"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_compiled_model(when, what, ran, backend):
+def test_a_compiled_model_has_the_factors_of_the_plain_one(when, what, ran, backend):
     """Compiled before or after the gradient maker is made, having run or not: the wrapper, the
     module, or a part.
     """

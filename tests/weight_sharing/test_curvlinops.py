@@ -173,7 +173,7 @@ def crossed(test: Any) -> Any:
 @crossed
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
 @pytest.mark.parametrize("kind", ["cls", "mean", "cnn"])
-def test_reduce_setting(
+def test_factors_are_those_of_curvlinops_in_the_reduce_setting(
     kind: str, fisher_type: str, loss_type: str, reduction: str, shared_dim: str
 ):
     model: nn.Module = CNN() if kind == "cnn" else Transformer(kind)
@@ -204,7 +204,9 @@ TOKENWISE = ("blocks.1.q", "blocks.1.proj", "blocks.1.fc1", "blocks.1.fc2", "hea
 
 @crossed
 @pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
-def test_expand_setting(fisher_type: str, loss_type: str, reduction: str, shared_dim: str):
+def test_factors_are_those_of_curvlinops_in_the_expand_setting(
+    fisher_type: str, loss_type: str, reduction: str, shared_dim: str
+):
     model = Transformer("tokens")
     x, target = torch.randn(N, R, 3), target_for(loss_type, N, R)
     theirs = ClassesSecond(model) if loss_type == CE else model
@@ -225,7 +227,7 @@ def test_expand_setting(fisher_type: str, loss_type: str, reduction: str, shared
 
 @pytest.mark.parametrize("shared_dim", ["expand", "reduce"])
 @pytest.mark.parametrize("kind", ["tokens", "cls", "cnn"])
-def test_forward_only(kind: str, shared_dim: str):
+def test_forward_only_factors_are_those_of_curvlinops_to_their_scale(kind: str, shared_dim: str):
     """B is the identity times the number of examples over data_size in one, without any scale in
     the other.
     """

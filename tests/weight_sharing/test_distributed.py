@@ -17,6 +17,8 @@ from torch import nn
 
 import asdl_ws_plugin
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 
 

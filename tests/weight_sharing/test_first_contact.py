@@ -101,10 +101,12 @@ class MessagePassing(Rows):
 
 def rows_step(model, num_rows, shared_dim="reduce"):
     batch = torch.arange(N).repeat(num_rows // N + 1)[:num_rows].sort().values
-    maker = kfac(model, shared_dim)
-    logits = maker.setup_model_call(model, torch.randn(num_rows, 6), batch)
+    x = torch.randn(num_rows, 6)
+    maker = kfac(model, shared_dim, ema_decay=1.0)
+    logits = maker.setup_model_call(model, x, batch)
     maker.setup_loss_call(F.cross_entropy, logits, labels())
     maker.forward_and_backward()
+    return x
 
 
 def test_rows_that_are_taken_for_merged_positions_are_reported_once():
@@ -116,7 +118,11 @@ def test_rows_that_are_taken_for_merged_positions_are_reported_once():
 
 
 def test_a_rule_says_that_positions_are_merged():
-    rows_step(Rows(), 80, ["reduce", ("row", "batch_first")])
+    """Then there is no warning, which would be an error here."""
+    model = Rows()
+    x = rows_step(model, 80, ["reduce", ("row", "batch_first")])
+    means = x.view(N, -1, 6).mean(1)
+    torch.testing.assert_close(model.row.fisher.kron.A, means.mT @ means / N)
 
 
 def test_rows_of_a_graph_network_are_never_taken_for_merged_positions():

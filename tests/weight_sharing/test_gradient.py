@@ -166,7 +166,9 @@ def test_every_step_has_the_gradient_of_the_loss(case: Any, pool: bool, fisher_t
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 @pytest.mark.parametrize("shared_dim", ["expand", "reduce", "auto"])
-def test_every_maker(shared_dim: str, maker: Any, options: dict[str, Any]):
+def test_every_maker_has_the_gradient_of_the_loss(
+    shared_dim: str, maker: Any, options: dict[str, Any]
+):
     model = Model(pool=False)
     gm = make(
         model,
@@ -239,7 +241,7 @@ class WithLoss(Model):
     "fisher_type", ["fisher_mc", "fisher_exact", "fisher_emp", "fisher_forward_only"]
 )
 @pytest.mark.parametrize("scale", [1, 3])
-def test_setup_loss_repr(scale: int, fisher_type: str):
+def test_a_loss_given_by_setup_loss_repr_has_its_gradient(scale: int, fisher_type: str):
     model, x, target = WithLoss(pool=False), torch.randn(N, R, 4), target_for(CE, pool=False)
     expected_loss = model(x, target)[1] * scale
     expected = gradients(model, expected_loss)
@@ -362,6 +364,7 @@ def test_fisher_maker_with_calc_loss_grad():
                 assert all(p.grad is None for p in model.parameters())
 
 
+ADVANTAGES = torch.tensor([1.5, -2.0, 0.25])
 NEGATIVE: dict[str, Any] = {
     "advantages": lambda y, t: (F.cross_entropy(y, t, reduction="none") * ADVANTAGES).mean(),
     "zero on average": lambda y, t: (
@@ -372,7 +375,6 @@ NEGATIVE: dict[str, Any] = {
         y, t, torch.tensor([1.0, -1.0, 1.0]), reduction="sum"
     ),
 }
-ADVANTAGES = torch.tensor([1.5, -2.0, 0.25])
 
 
 @pytest.mark.parametrize("loss", NEGATIVE.values(), ids=NEGATIVE.keys())

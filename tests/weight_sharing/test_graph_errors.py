@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.autograd import BCE
+from oracles.graph_network import GraphNet, sum_rows
 from oracles.graphs import Graphs, random_graphs
-from test_ragged import GraphNet, sum_rows
 from torch import Tensor, nn
 
 import asdl_ws_plugin
@@ -93,12 +93,13 @@ class Training:
 
 def wrong(graphs: Graphs, what: str) -> dict[str, Any]:
     node, edge = graphs.batch, graphs.edge_batch
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "stale": {"node": node[:-1], "edge": edge},
         "other_role": {"node": node, "bond": edge},
         "too_many_examples": {"node": node, "edge": edge, "num_examples": 9},
         "too_long": {"node": node, "edge": torch.cat([edge, edge])},
-    }[what]
+    }
+    return arguments[what]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_segments_that_do_not_fit(what: str, message: str, first: bool):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["in_the_first_step", "later"])
-def test_segments_missing(first: bool):
+def test_a_step_without_segments_is_refused(first: bool):
     training, graphs = Training(Net()), random_graphs(SIZES)
     if not first:
         training.good_step()
@@ -145,7 +146,8 @@ def test_segments_missing(first: bool):
         training.unchanged(),
         pytest.raises(
             ValueError,
-            match=r"Layer '(edge|node)': it is not known which example each of its \d+ rows belongs to",
+            match=r"Layer '(edge|node)': it is not known which example each of its \d+ rows "
+            "belongs to",
         ),
     ):
         training.step(graphs)
@@ -183,7 +185,7 @@ def test_an_index_that_is_none_is_refused_where_it_enters(
     training.good_step()
 
 
-def test_nothing_given():
+def test_segments_without_a_role_are_refused():
     with pytest.raises(TypeError, match="at least one role"), segments(Net()):
         pass
 
@@ -224,7 +226,8 @@ def test_an_index_on_another_device():
         training.unchanged(),
         pytest.raises(
             ValueError,
-            match=r"Layer .edge.: its input is on cpu, but the index of its rows on meta\. Move the index",
+            match=r"Layer .edge.: its input is on cpu, but the index of its rows on meta\. Move "
+            "the index",
         ),
     ):
         training.step(graphs)
@@ -252,7 +255,8 @@ def test_as_many_nodes_as_edges():
         training.unchanged(),
         pytest.raises(
             ValueError,
-            match=r"Layer 'edge': its 12 rows fit the roles 'node', 'edge'.*roles=\[\('edge', 'node'\)\]",
+            match=r"Layer 'edge': its 12 rows fit the roles 'node', 'edge'.*"
+            r"roles=\[\('edge', 'node'\)\]",
         ),
     ):
         step(training, ambiguous)

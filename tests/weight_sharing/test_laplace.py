@@ -141,7 +141,7 @@ def test_layers_without_kronecker_factors_are_frozen_first() -> None:
     torch.testing.assert_close(probs.sum(-1), torch.ones(N))
 
 
-# ------------------------------------------------------------------------------ the backends of ours
+# ------------------------------------------------------------------ the backends of this package
 
 
 def a_backend(name: str, model: nn.Module, likelihood: str) -> Any:

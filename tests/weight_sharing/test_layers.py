@@ -35,7 +35,7 @@ def check(model, layers, setting, x=None, *, tied=None, rtol=1e-10, **options):
             len(x),
             setting,
         )
-        assert_factors(layer, expected, rtol)
+        assert_factors(layer, expected, rtol=rtol)
     return maker
 
 
@@ -78,9 +78,7 @@ def test_a_module_that_is_called_several_times(setting):
 @pytest.mark.parametrize("ema_decay", [-1, 1.0])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_its_gradient_is_preconditioned_once(setting, ema_decay):
-    """Upstream, without the moving average, uses the last input twice and sums inverses
-    (OP:232).
-    """
+    """Upstream, without the moving average, uses the last input twice and sums inverses."""
     model, x, target = Recurrent(), torch.randn(N, R, D), torch.randint(C, (N,))
     maker = kfac(
         model, setting, fisher_type="fisher_emp", data_size=N, ema_decay=ema_decay, damping=0.1
@@ -452,7 +450,7 @@ def assert_gradients(model, shape, x, target):
 @pytest.mark.parametrize("ema_decay", [-1, 1.0])
 @pytest.mark.parametrize("frozen", list(FROZEN))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_frozen_parameters(shape, frozen, ema_decay):
+def test_frozen_parameters_leave_the_others_preconditioned(shape, frozen, ema_decay):
     model, x, target = mixed_model(), torch.randn(N, D), torch.randint(C, (N,))
     for name in FROZEN[frozen]:
         model.get_parameter(name).requires_grad_(False)
@@ -566,7 +564,7 @@ def check_norm(model, shape, x=None):
         lambda: nn.LayerNorm(D, eps=1e-1),
     ],
 )
-def test_layer_norms(norm, shape):
+def test_layer_norms_have_their_blocks(norm, shape):
     check_norm(Normed(norm()), shape)
 
 
@@ -603,7 +601,7 @@ def test_a_layer_norm_of_channels_first(shape, height):
 
 
 @pytest.mark.parametrize("shape", ["unit_wise", "diag"])
-def test_timms_layer_norms(shape):
+def test_layer_norms_of_timm_have_their_blocks(shape):
     make_importable()
     layers = pytest.importorskip("timm.layers")
     check_norm(Normed(layers.LayerNorm(D)), shape)
@@ -949,7 +947,7 @@ class Surprising(nn.Linear):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_tuple_outputs(setting):
+def test_a_layer_that_returns_a_tuple_has_its_factors(setting):
     class Tuples(Tokens):
         def __init__(self):
             super().__init__()
@@ -988,8 +986,8 @@ def test_a_subclass_with_a_signature_of_its_own_is_refused():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_subclasses_of_linear(setting):
-    """Upstream asserts the class's own name (NG:294)."""
+def test_subclasses_of_linear_have_its_factors(setting):
+    """Upstream asserts the class's own name."""
     from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
     model = Tokens()

@@ -215,7 +215,7 @@ def test_sizes_that_fit_no_layout_are_an_error():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_single_example(setting):
+def test_a_batch_of_a_single_example_has_its_factors(setting):
     for position_dim in (0, 1):
         model = Sequence(position_dim)
         x, target = torch.randn(1, R, D), torch.randint(C, (1,))
@@ -344,7 +344,7 @@ def small_swin():
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_swin_windows(setting):
+def test_windows_of_swin_are_positions_of_their_image(setting):
     """Window attention sees ``(N·windows, 16, D)``: factors are those of single images, layer by
     layer.
     """

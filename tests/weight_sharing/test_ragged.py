@@ -13,15 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
-from oracles.autograd import BCE, CE, MSE, assert_equal, covariance, rel_error
+from oracles.autograd import BCE, CE, MSE, assert_equal, assert_factors, covariance, rel_error
+from oracles.graph_network import GraphNet, compute, sum_rows
 from oracles.graphs import (
     Graphs,
     exact_ragged_block,
     graph_examples,
     ragged_factors,
     random_graphs,
-    seen_by,
 )
+from oracles.layers import seen_by
 from torch import Tensor, nn
 
 import asdl_ws_plugin
@@ -32,63 +33,6 @@ pytestmark = pytest.mark.usefixtures("double")
 STRATEGIES = pytest.mark.parametrize("shared_dim", ["expand", "reduce"])
 C = 3
 SIZES = [(4, 6), (2, 3), (5, 4), (3, 9)]
-
-
-def sum_rows(x: Tensor, index: Tensor, size: int) -> Tensor:
-    return x.new_zeros(size, x.shape[1]).index_add(0, index, x)
-
-
-class GraphNet(nn.Module):
-    """A block of eq. 2.9 with sums as aggregation, smooth so that nothing hides behind a ReLU."""
-
-    def __init__(self, num_outputs: int = C, width: int = 4, norm: bool = False) -> None:
-        super().__init__()
-        self.edge, self.node, self.glob = (
-            nn.Linear(2 + 6, width),
-            nn.Linear(3 + width, width),
-            nn.Linear(2 * width, 5),
-        )
-        self.norm: nn.Module = nn.LayerNorm(width) if norm else nn.Identity()
-        self.head = nn.Linear(5, num_outputs)
-
-    def forward(
-        self, x: Tensor, edge_index: Tensor, edge_attr: Tensor, batch: Tensor, num_graphs: int
-    ) -> Tensor:
-        senders, receivers = edge_index
-        edges = torch.tanh(self.edge(torch.cat([edge_attr, x[receivers], x[senders]], 1)))
-        nodes = torch.tanh(
-            self.norm(self.node(torch.cat([x, sum_rows(edges, receivers, len(x))], 1)))
-        )
-        pooled = [sum_rows(nodes, batch, num_graphs), sum_rows(edges, batch[senders], num_graphs)]
-        return self.head(torch.tanh(self.glob(torch.cat(pooled, 1))))
-
-
-def compute(
-    model: nn.Module,
-    graphs: Graphs,
-    shared_dim: Any,
-    loss: tuple[Any, ...] | None = None,
-    shapes: Any = "kron",
-    roles: dict[str, Any] | None = None,
-    **config: Any,
-) -> Any:
-    """The Fisher maker after one batch of graphs."""
-    config = {
-        "fisher_type": "fisher_exact",
-        "loss_type": BCE,
-        "data_size": graphs.num_graphs,
-        **config,
-    }
-    maker = get_fisher_maker(
-        model, FisherConfig(fisher_shapes=shapes, shared_dim=shared_dim, **config)
-    )
-    logits = maker.setup_model_call(model, *graphs.arguments)
-    if loss is not None:
-        maker.setup_loss_call(loss[0], logits, *loss[1:])
-    roles = {"node": graphs.batch, "edge": graphs.edge_batch} if roles is None else roles
-    with asdl_ws_plugin.segments(model, num_examples=graphs.num_graphs, **roles):
-        maker.forward_and_backward()
-    return maker
 
 
 def check(
@@ -355,8 +299,7 @@ def test_further_weight_sharing_dimensions_of_each_row(shared_dim: str):
             shared_dim,
             CE,
         )
-        assert_equal(layer.fisher.kron.A * 3, expected.A)
-        assert_equal(layer.fisher.kron.B * 3, expected.B)
+        assert_factors(layer, expected, 3)
 
 
 @STRATEGIES
@@ -708,7 +651,9 @@ def test_half_precision_is_summed_in_single():
         ),
     ],
 )
-def test_invalid_segments(arguments: dict[str, Any], error: type[Exception], message: str):
+def test_segments_that_make_no_sense_are_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+):
     with pytest.raises(error, match=message):
         Segments(**arguments)
 

@@ -212,7 +212,7 @@ MAKERS = {
         (["reduce", ("head", None)], TypeError, "values have to be strings"),
     ],
 )
-def test_refused(maker, rules, error, message):
+def test_rules_that_make_no_sense_are_refused(maker, rules, error, message):
     with pytest.raises(error, match=f"shared_dim.*{message}"):
         MAKERS[maker](Model(), rules)
 
@@ -252,7 +252,7 @@ def test_every_layer_has_the_factors_of_its_own_rule():
         assert_factors(layer, empirical_factors(layer, example, N, setting))
 
 
-def test_rules_through_ekfac():
+def test_rules_reach_the_factors_of_ekfac():
     """The eigenvectors of EKFAC are those of the rule's factors."""
     model, (x, target) = Model(), batch()
     maker = asdl.EkfacGradientMaker(

@@ -148,7 +148,7 @@ def test_what_batches_have_settled():
         ("kron", ["kron.A", "kron.A_inv", "kron.B", "kron.B_inv"]),
     ],
 )
-def test_every_shape(shape, parts):
+def test_every_shape_is_resumed(shape, parts):
     from asdl import PreconditioningConfig
     from asdl.precondition.natural_gradient import NaturalGradientMaker
 
@@ -180,7 +180,7 @@ def test_every_shape(shape, parts):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_eigenbasis_too():
+def test_the_eigenbasis_of_ekfac_is_resumed():
     from asdl import EkfacGradientMaker, PreconditioningConfig
 
     grads = []
@@ -229,7 +229,7 @@ def test_a_state_with_the_step_alone_still_loads():
 
 
 @pytest.mark.filterwarnings("ignore:Layer 'extra' was not called")
-def test_loading_copies():
+def test_loading_a_state_copies_it():
     model, maker, optimizer = make(ema_decay=0.3)
     train(model, maker, optimizer, last=1)
     state = maker.state_dict()
