@@ -11,8 +11,8 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["Lineage", "tracing"]
@@ -76,7 +76,12 @@ def tracing(model: nn.Module) -> Iterator[Lineage]:
 
     handles = [
         model.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        register_module_forward_hook(after),
+        # Not one hook for all modules that there are: PyTorch warns of those where it compiles.
+        *(
+            module.register_forward_hook(after)
+            for module in model.modules()
+            if not isinstance(module, torch.jit.ScriptModule)
+        ),
     ]
     try:
         with lineage:
