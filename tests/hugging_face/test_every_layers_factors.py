@@ -19,15 +19,6 @@ from asdl_ws_plugin import attach_padding, convert
 pytestmark = pytest.mark.usefixtures("double")
 
 NORMALIZATIONS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)
-NO_BATCH = pytest.mark.xfail(
-    strict=True, reason="inputs without a batch, as relative positions, are refused"
-)
-EXPECTED_TO_FAIL = {
-    "deberta-v2": NO_BATCH,
-    "deberta-v2 that shares its keys": NO_BATCH,
-    "swin-v2": NO_BATCH,
-}
-CASES = [pytest.param(name, marks=EXPECTED_TO_FAIL.get(name, ())) for name in CONFIGURATIONS]
 
 
 def left_out(model: nn.Module) -> list[nn.Module]:
@@ -60,7 +51,7 @@ def computed(case: Configuration, model: nn.Module, shared_dim: str) -> Any:
         )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_every_layers_factors_are_those_of_single_examples(name: str):
     case = CONFIGURATIONS[name]
     model = convert(case.make())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from oracles.by_example import output_rows_of, perturbed, rows_of
 
-Rows = Callable[[nn.Module, Tensor], Tensor]
+Calls = dict[str, list[tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Sums:
         return max(float(matrix.abs().max()) for matrix in self.B.values())
 
 
-def rows_per_example(
+def calls_per_example(
     layers: Mapping[str, Sequence[nn.Module]], summed_loss: Callable[[int], Tensor], n: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer name -> ``(R_n, P)`` and ``(R_n, Q)`` of example n alone; layers without a gradient are
-    left out.
+) -> Calls:
+    """Layer name -> ``(R_n, P)`` and ``(R_n, Q)`` of each of its calls for example n alone; calls
+    without a gradient are left out.
 
     Args:
         layers: name -> the modules that have the layer's weight.
@@ -52,14 +52,39 @@ def rows_per_example(
     with perturbed(list(modules)) as seen:
         loss = summed_loss(n)
     grads = torch.autograd.grad(loss, [zero for *_, zero in seen], allow_unused=True)
-    found: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    found: Calls = {}
     for (module, x, _), grad in zip(seen, grads, strict=True):
         if grad is None:  # a call that does not reach the loss is no position
             continue
-        a, b = found.setdefault(modules[module], ([], []))
-        a.append(rows_of(module, x).double())
-        b.append(output_rows_of(module, grad).double())
-    return {name: (torch.cat(a), torch.cat(b)) for name, (a, b) in found.items()}
+        rows = rows_of(module, x).double(), output_rows_of(module, grad).double()
+        found.setdefault(modules[module], []).append(rows)
+    return found
+
+
+def without_constants(examples: Sequence[Calls]) -> list[Calls]:
+    """The calls whose input is the same for every example are no batch, and add nothing."""
+
+    def is_constant(name: str, k: int) -> bool:
+        inputs = [calls[name][k][0] for calls in examples]
+        return all(torch.equal(inputs[0], x) for x in inputs[1:])
+
+    kept: list[Calls] = [{} for _ in examples]
+    for name in {name: None for calls in examples for name in calls}:
+        counts = {len(calls.get(name, ())) for calls in examples}
+        drop = {k for k in range(max(counts)) if len(counts) == 1 and is_constant(name, k)}
+        for left, other in zip(kept, examples, strict=True):
+            rest = [rows for k, rows in enumerate(other.get(name, ())) if k not in drop]
+            if rest:
+                left[name] = rest
+    return kept
+
+
+def joined(calls: Calls) -> dict[str, tuple[Tensor, Tensor]]:
+    """A layer's calls as further positions of one."""
+    return {
+        name: (torch.cat([a for a, _ in rows]), torch.cat([b for _, b in rows]))
+        for name, rows in calls.items()
+    }
 
 
 def every_layers_factors(
@@ -69,8 +94,8 @@ def every_layers_factors(
     ragged: bool = False,
 ) -> dict[str, Sums]:
     """A and B of every layer for ``fisher_emp`` with D = N, under both strategies."""
-    examples = [rows_per_example(layers, summed_loss, n) for n in range(num_examples)]
-    return factors_of_rows(examples, ragged)
+    examples = [calls_per_example(layers, summed_loss, n) for n in range(num_examples)]
+    return factors_of_rows([joined(calls) for calls in without_constants(examples)], ragged)
 
 
 def joint_factors(
@@ -79,7 +104,7 @@ def joint_factors(
     """Of examples that depend on each other, as BatchNorm makes them: one pass of the whole batch,
     whose rows lie batch first.
     """
-    rows = rows_per_example(layers, lambda _: summed_loss(), 0)
+    rows = joined(calls_per_example(layers, lambda _: summed_loss(), 0))
     split = {name: [part.chunk(num_examples) for part in parts] for name, parts in rows.items()}
     examples = [{name: (a[n], b[n]) for name, (a, b) in split.items()} for n in range(num_examples)]
     return factors_of_rows(examples)
