@@ -285,7 +285,7 @@ class Comparison:
         config, layers = self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
         terms = read_terms(captured, config.fisher_type, config.loss_type)
-        count, evidence = counted(self.plan, layers, captured, terms)
+        count, evidence = counted(self.plan, layers, captured)
         self.plan.decide(terms.num_rows, count.num_logits_of_examples)
         record = live_record(captured.record, layers, terms.logits, self.plan.layouts.without_batch)
         arranged = arrange(self.plan, layers, record, count, evidence)

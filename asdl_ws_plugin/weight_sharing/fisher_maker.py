@@ -295,7 +295,7 @@ class WeightSharingFisherMaker(FisherMaker):
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
         terms = read_terms(captured, config.fisher_type, config.loss_type)
-        count, evidence = counted(plan, layers, captured, terms)
+        count, evidence = counted(plan, layers, captured)
         plan.decide(terms.num_rows, count.num_logits_of_examples)
         scale_A, scale_B = step.scales(terms, count, captured.loss is not None)
         record = self._live(captured, terms)

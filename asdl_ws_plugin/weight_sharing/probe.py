@@ -25,7 +25,6 @@ from .count import Count, count_examples
 from .evidence import Touched
 from .layout import fits
 from .plan import Plan
-from .read_loss import LossTerms
 from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
 
@@ -40,7 +39,6 @@ def probe(
     plan: Plan,
     layers: Sequence[Layer],
     captured: Captured,
-    terms: LossTerms,
     layout: str | None = None,
 ) -> dict[Key, Touched]:
     """What the logits of examples touch, for each call of each layer that they do.
@@ -57,17 +55,11 @@ def probe(
             calls.append((key, call))
             frames[key] = frame(plan, layer, call, 1)
     logits = captured.logits
-    if not (calls and logits.requires_grad and terms.logits.requires_grad):
+    if not (calls and logits.requires_grad):
         return {}
-    weights = _noise(terms.logits)
-    if terms.weight is not None:
-        weights = weights * (terms.weight != 0)
-    if captured.loss is not None:  # what a loss leaves out that was not read term by term
-        (grad,) = torch.autograd.grad(captured.loss, terms.logits, retain_graph=True)
-        weights = weights * (grad != 0).any(-1, keepdim=True)
     by_call = dict(calls)
     passes = [
-        _touched(terms.logits, weights, calls, by_call, frames),
+        _touched(logits, _of_loss(logits, captured.loss), calls, by_call, frames),
         _touched(logits, _of_example(logits, 0, layout), calls, by_call, frames),
         _touched(logits, _of_example(logits, -1, layout), calls, by_call, frames),
     ]
@@ -79,7 +71,7 @@ def probe(
 
 
 def counted(
-    plan: Plan, layers: Sequence[Layer], captured: Captured, terms: LossTerms
+    plan: Plan, layers: Sequence[Layer], captured: Captured
 ) -> tuple[Count, dict[Key, Touched]]:
     """Stage 3 with the graph's help: N and whose row is whose; and what a probe saw, if this batch
     is probed. What holds for later batches is kept in the plan.
@@ -89,10 +81,10 @@ def counted(
     guesses = _padded_guesses(count)
     if (book.is_probed and guesses <= book.looked_at) or count.num_examples == 1:
         return count, {}
-    evidence = probe(plan, layers, captured, terms)
+    evidence = probe(plan, layers, captured)
     layout = _layout_of_logits(captured.logits, evidence, count.num_examples)
     if layout is not None:
-        evidence = probe(plan, layers, captured, terms, layout)
+        evidence = probe(plan, layers, captured, layout)
     count = _checked_count(plan, layers, captured, evidence, count)
     book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
     book.looked_at |= guesses if evidence else set()
@@ -188,6 +180,21 @@ def _without_batch(
             if not holds_batch or (touched is not None and touched.is_mixed):
                 found.add(key)
     return found
+
+
+def _of_loss(logits: Tensor, loss: Tensor | None) -> Tensor:
+    """Noise in the rows of the logits that the loss depends on.
+
+    Not the gradient of the loss itself, some of which may cancel out on the way.
+    """
+    weights = _noise(logits)
+    if loss is None or not loss.requires_grad:
+        return weights
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    if grad is None:  # the loss was given something else
+        return weights
+    depends = grad != 0
+    return weights * (depends.any(-1, keepdim=True) if logits.ndim > 1 else depends)
 
 
 def _noise(like: Tensor) -> Tensor:
