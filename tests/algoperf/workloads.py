@@ -159,7 +159,7 @@ class Wmt(Workload):
 
     def batch(self, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step)
-        sides = []
+        sides: list[tuple[Tensor, ...]] = []
         for side in range(2):
             ids = torch.zeros(self.num_examples, self.length, dtype=torch.long)
             position, segmentation = torch.zeros_like(ids), torch.zeros_like(ids)

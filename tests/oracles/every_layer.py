@@ -124,20 +124,25 @@ def factors_of_rows(
         parts = [rows[name] for rows in examples if name in rows]
         if ragged:
             mean_R = sum(len(a) for a, _ in parts) / num_examples
-            expand_A = sum(a.mT @ a for a, _ in parts) / mean_R
+            A = [a.mT @ a / mean_R for a, _ in parts]
         else:
-            expand_A = sum(a.mT @ a / len(a) for a, _ in parts)
+            A = [a.mT @ a / len(a) for a, _ in parts]
         sums[name] = Sums(
             A={
-                "expand": expand_A / num_examples,
-                "reduce": sum(_square(a.mean(0)) for a, _ in parts if len(a)) / num_examples,
+                "expand": _mean(A, num_examples),
+                "reduce": _mean([_square(a.mean(0)) for a, _ in parts if len(a)], num_examples),
             },
             B={
-                "expand": sum(b.mT @ b for _, b in parts) / num_examples,
-                "reduce": sum(_square(b.sum(0)) for _, b in parts) / num_examples,
+                "expand": _mean([b.mT @ b for _, b in parts], num_examples),
+                "reduce": _mean([_square(b.sum(0)) for _, b in parts], num_examples),
             },
         )
     return sums
+
+
+def _mean(matrices: Sequence[Tensor], num_examples: int) -> Tensor:
+    """Over all examples: some may have no rows."""
+    return torch.stack(list(matrices)).sum(0) / num_examples
 
 
 def _square(vector: Tensor) -> Tensor:
