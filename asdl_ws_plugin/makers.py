@@ -25,6 +25,7 @@ from .upstream import is_native
 from .weight_sharing import nvtx
 from .weight_sharing.fisher_maker import NO_LAYERS, find_fisher_maker
 from .weight_sharing.grad_maker import WeightSharing, check, weight_sharing_class
+from .weight_sharing.reading import LOSS_AUTO
 from .weight_sharing.torch_private import unwrapped
 
 __all__ = [
@@ -103,7 +104,7 @@ class Upstream(natural_gradient.NaturalGradientMaker):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         model = unwrapped(model)
         if is_native():  # its constructor knows the keyword
-            super().__init__(model, *args, shared_dim=self._shared_dim, **kwargs)
+            super().__init__(model, *args, **{**kwargs, "shared_dim": self._shared_dim})
             return
         init = _with_globals(
             natural_gradient.NaturalGradientMaker.__init__,
@@ -118,14 +119,22 @@ class Upstream(natural_gradient.NaturalGradientMaker):
     )
 
 
-def construct(maker: Any, init: Callable[..., None], shared_dim: Any) -> None:
+def _is_given(name: str, call: functools.partial[None]) -> bool:
+    """Whether a call passes an argument, by its name or by its place."""
+    bound = inspect.signature(call.func).bind_partial(*call.args, **call.keywords)
+    return name in call.keywords or name in bound.arguments
+
+
+def construct(maker: Any, init: functools.partial[None], shared_dim: Any) -> None:
     """Run a constructor of ASDL's on a gradient maker whose class has :class:`Upstream` in it.
+
+    A ``loss_type`` that is left out is read from the loss; ASDL's default is its own affair.
 
     Raises a ValueError if there is no layer to precondition, or an option makes no sense.
     """
     maker._shared_dim = shared_dim
     try:
-        init()
+        (init if _is_given("loss_type", init) else functools.partial(init, loss_type=LOSS_AUTO))()
     except StopIteration as error:  # ASDL takes the device from a supported layer's Parameter
         raise ValueError(NO_LAYERS) from error
     check(maker)

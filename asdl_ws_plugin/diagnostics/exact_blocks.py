@@ -29,16 +29,16 @@ from ..weight_sharing.fisher_maker import (
     check_captured,
     check_config,
     declared_reduction,
-    read_terms,
+    read,
     recording_of,
 )
 from ..weight_sharing.live import live_record
-from ..weight_sharing.operate import Estimate, exact_passes
+from ..weight_sharing.observe_loss import LossObserver, loss_and_count
+from ..weight_sharing.operate import exact_passes
 from ..weight_sharing.operations import WeightSharingOperation, completed
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.probe import counted
 from ..weight_sharing.ragged import Ragged
-from ..weight_sharing.read_loss import LossObserver
 from ..weight_sharing.registry import find_operation
 
 __all__ = ["Comparison", "ExactBlock"]
@@ -284,10 +284,11 @@ class Comparison:
             return
         config, layers = self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        terms = read_terms(captured, config.fisher_type, config.loss_type)
+        reading = read(captured, self.plan, config, has_data_size=True)
         count, evidence = counted(self.plan, layers, captured)
-        self.plan.decide(terms.num_rows, count.num_logits_of_examples)
-        record = live_record(captured.record, layers, terms.logits, self.plan.layouts.without_batch)
+        self.plan.decide(reading.num_rows, count.num_logits_of_examples)
+        outputs = reading.source.logits
+        record = live_record(captured.record, layers, outputs, self.plan.layouts.without_batch)
         arranged = arrange(self.plan, layers, record, count, evidence)
         collectors = {module: _Collector(block) for module, block in self.blocks.items()}
         batch = Batch(
@@ -302,11 +303,10 @@ class Comparison:
         )
         captured = replace(captured, record=record)
         self.num_examples += count.num_examples
-        estimate = Estimate(config.fisher_type, config.loss_type, config.var)
         with factors.full_precision():
             batch.take_inputs()
-            self._add_gradients(batch, collectors, captured, float(terms.num_terms))
-            exact_passes(batch, captured, terms, count, estimate)
+            self._add_gradients(batch, collectors, captured, float(reading.num_terms))
+            exact_passes(batch, captured, reading, count)
         for module, reason in batch.unseen().items():
             self.blocks[module].unseen = reason
         for collector in collectors.values():
@@ -318,7 +318,7 @@ class Comparison:
         with recording_of(self.plan) as record:
             output = logits(self.model(*args, **kwargs))
         with LossObserver() as observer:
-            value = loss(output, targets)
+            value, num_terms = loss_and_count(loss(output, targets))
         if not record.calls:
             for layer in self.plan.layers:
                 no_graph = layer.module in record.without_graph
@@ -327,7 +327,13 @@ class Comparison:
                 )
         first = output[0] if isinstance(output, (tuple, list)) else output
         return Captured(
-            record, first, value, observer.observations, [args, kwargs], declared_reduction(loss)
+            record,
+            first,
+            value,
+            observer.observations,
+            [args, kwargs],
+            declared_reduction(loss),
+            num_terms,
         )
 
     def _add_gradients(

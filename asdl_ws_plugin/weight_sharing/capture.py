@@ -120,6 +120,7 @@ class Captured:
         observations: the calls of PyTorch's loss functions that were seen.
         inputs: the model's arguments, in a nest of containers.
         reduction: what the loss function says of itself.
+        num_terms: how many terms the loss says that it averages over.
     """
 
     record: Record
@@ -128,6 +129,7 @@ class Captured:
     observations: Sequence[Any]
     inputs: Any
     reduction: str | None = None
+    num_terms: Any = None
 
 
 _records: list[Record] = []

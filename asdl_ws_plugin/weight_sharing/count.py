@@ -66,8 +66,10 @@ class Count:
 
 
 def row_sizes(logits: Tensor) -> torch.Size:
-    """The sizes of the logits without classes; a vector is one logit for each example."""
-    return logits.shape[:-1] or logits.shape
+    """The sizes of the logits without classes; a vector is one logit for each example, and a number
+    that of a single one.
+    """
+    return logits.shape[:-1] or logits.shape or torch.Size((1,))
 
 
 def num_rows(logits: Tensor) -> int:

@@ -4,7 +4,7 @@
 stage      file                    what it returns
 =========  ======================  ================================================================
 capture    :mod:`~.capture`        what every layer saw, the logits and the loss
-read       :mod:`~.read_loss`      the terms of the loss and how it is made of them
+read       :mod:`~.reading`        the terms of the loss and how it is made of them
 count      :mod:`~.count`          N, and whose row is whose
 arrange    :mod:`~.arrange`        how the layers' tensors become ``(N, R, P)``
 operate    :mod:`~.operate`        the layers' matrices
@@ -34,16 +34,17 @@ from .arrange import arrange
 from .batch import Batch
 from .capture import Captured, Record, recording
 from .commit import commit, commit_products, invert
-from .count import Count
-from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, LOSS_TYPES, check_var
+from .count import Count, count_examples, leading_sizes
+from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
 from .logits import SELECT_LOGITS, logits_of
+from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .positions import take_positions
 from .probe import counted
-from .read_loss import LossObserver, LossTerms, read_loss
-from .torch_private import unwrapped
+from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .torch_private import eagerly, unwrapped
 from .unseen import UnseenReport, check_any_called
 
 __all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
@@ -95,10 +96,8 @@ def check_config(model: nn.Module, config: FisherConfig) -> None:
         raise ValueError(
             f"fisher_type has to be one of {', '.join(FISHER_TYPES)}, got {config.fisher_type!r}."
         )
-    if config.fisher_type != FISHER_EMP and config.loss_type not in LOSS_TYPES:
-        raise ValueError(
-            f"loss_type has to be one of {', '.join(LOSS_TYPES)}, got {config.loss_type!r}."
-        )
+    if config.fisher_type != FISHER_EMP:
+        check_loss_type(config.loss_type)
     if config.n_mc_samples < 1:
         raise ValueError(f"n_mc_samples has to be at least 1, got {config.n_mc_samples!r}.")
     check_data_size(config.data_size)
@@ -132,13 +131,17 @@ class Step:
     fvp: bool = False
     vec: ParamVector | None = None
 
-    def scales(self, terms: LossTerms, count: Count, has_loss: bool) -> tuple[Any, Any]:
+    @property
+    def has_data_size(self) -> bool:
+        return self.data_size != _INVALID_DATA_SIZE
+
+    def scales(self, reading: Reading, count: Count, has_loss: bool) -> tuple[Any, Any]:
         """What A and B are multiplied with."""
-        if self.data_size != _INVALID_DATA_SIZE:
+        if self.has_data_size:
             return self.scale / self.data_size, self.scale / self.data_size
         if not has_loss:
             raise ValueError("data_size is not specified, and there is no loss to tell it from.")
-        return self.scale / count.num_examples, self.scale / terms.num_terms
+        return self.scale / count.num_examples, self.scale / reading.sum_factor
 
 
 class WeightSharingFisherMaker(FisherMaker):
@@ -189,6 +192,7 @@ class WeightSharingFisherMaker(FisherMaker):
             )
         self.unseen: dict[nn.Module, str] = {}
         self.draws = 0
+        self._num_terms: Any = None  # how many terms the last loss says that it averages over
         # Set by the gradient maker: what the accumulated curvature is multiplied with before the
         # new one is added.
         self.decay = 1.0
@@ -262,15 +266,16 @@ class WeightSharingFisherMaker(FisherMaker):
     def capture(self) -> Captured:
         """Stage 1: call the model and the loss."""
         self.plan.check_still_complete()
-        loss, observer = None, LossObserver()
+        loss, num_terms, observer = None, None, LossObserver()
         has_loss = self._loss_fn is not None or self._dummy_loss is not None
         # A loss given by its representation may have been computed inside of the model.
         watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
         with recording_of(self.plan) as record, watch:
             self.call_model()
         if has_loss:
-            with observer:
+            with observer, eagerly():  # a compiled loss hides the functions that it calls
                 loss = self.call_loss()
+            num_terms = self._num_terms
         return Captured(
             record,
             self._logits,
@@ -278,6 +283,7 @@ class WeightSharingFisherMaker(FisherMaker):
             observer.observations,
             [self._model_args, self._model_kwargs],
             declared_reduction(self._loss_fn, self._loss_fn_kwargs),
+            num_terms,
         )
 
     def call_model(self) -> Any:
@@ -287,6 +293,11 @@ class WeightSharingFisherMaker(FisherMaker):
         self._logits = logits_of(self._model_output, self._dummy_logits, arguments)
         return self._model_output
 
+    def call_loss(self) -> Tensor:
+        """ASDL's, with the losses of AlgoPerf's workloads understood, too."""
+        self._loss, self._num_terms = loss_and_count(super().call_loss())
+        return self._loss
+
     def take(self, captured: Captured, step: Step) -> None:
         """Stages 2 to 6: the curvature of what was captured, and the gradient of its loss.
 
@@ -294,11 +305,11 @@ class WeightSharingFisherMaker(FisherMaker):
         """
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
-        terms = read_terms(captured, config.fisher_type, config.loss_type)
+        reading = read(captured, plan, config, step.has_data_size)
         count, evidence = counted(plan, layers, captured)
-        plan.decide(terms.num_rows, count.num_logits_of_examples)
-        scale_A, scale_B = step.scales(terms, count, captured.loss is not None)
-        record = self._live(captured, terms)
+        plan.decide(reading.num_rows, count.num_logits_of_examples)
+        scale_A, scale_B = step.scales(reading, count, captured.loss is not None)
+        record = self._live(captured, reading)
         arranged = arrange(plan, layers, record, count, evidence)
         batch = Batch(
             self.model,
@@ -314,7 +325,13 @@ class WeightSharingFisherMaker(FisherMaker):
         scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
         captured = replace(captured, record=record)
         operate(
-            batch, captured, terms, count, self._estimate(), scale_B, with_grad=step.calc_loss_grad
+            batch,
+            captured,
+            reading,
+            count,
+            self._estimate(),
+            scale_B,
+            with_grad=step.calc_loss_grad,
         )
         self.unseen = batch.unseen()
         self._unseen_report.report(layers, record, self.unseen)
@@ -323,11 +340,12 @@ class WeightSharingFisherMaker(FisherMaker):
         else:
             decay = self.decay if step.accumulate else None
             commit(batch, self.unseen, config.fisher_attr, decay)
-        self.draws += 1
+        if not step.fvp:  # products are with one matrix, so its labels are those of one draw
+            self.draws += 1
         plan.note_absent(record.absent)
 
-    def _live(self, captured: Captured, terms: LossTerms) -> Record:
-        outputs = captured.loss if self.is_fisher_emp else terms.logits
+    def _live(self, captured: Captured, reading: Reading) -> Record:
+        outputs = captured.loss if self.is_fisher_emp else reading.source.logits
         assert outputs is not None
         return live_record(
             captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
@@ -337,8 +355,6 @@ class WeightSharingFisherMaker(FisherMaker):
         config = self.config
         return Estimate(
             config.fisher_type,
-            config.loss_type,
-            config.var,
             config.n_mc_samples,
             config.seed,
             self.draws,
@@ -354,24 +370,29 @@ def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> s
     return reduction
 
 
-def read_terms(captured: Captured, fisher_type: str, loss_type: str | None) -> LossTerms:
-    """Stage 2: what the loss is made of.
+def read(
+    captured: Captured, plan: Plan, config: FisherConfig, has_data_size: bool = False
+) -> Reading:
+    """Stage 2: what the loss is made of, and what is back-propagated for its curvature.
 
     Raises a ValueError for a loss of another type, and for one without a Fisher of that type.
     """
-    terms = read_loss(
+    has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
+    is_emp = config.fisher_type == FISHER_EMP
+    num_examples = None
+    if has_curvature:
+        num_examples = count_examples(plan.layers, plan.layouts, captured).num_examples
+    reading = read_loss(
         captured.loss,
         list(captured.observations),
         captured.logits,
-        None if fisher_type == FISHER_EMP else loss_type,
-        captured.reduction,
+        None if is_emp else config.loss_type or LOSS_AUTO,
+        num_examples=num_examples,
+        reduction=captured.reduction,
+        count=captured.num_terms,
+        needs_scale=is_emp or (has_curvature and has_data_size),
     )
-    if terms.has_negative and fisher_type in (FISHER_EXACT, FISHER_MC):
-        raise ValueError(
-            "The loss weighs terms negatively, as advantages do, so its curvature need not be "
-            "positive. Use fisher_type='fisher_emp', the second moment of its gradients."
-        )
-    return terms
+    return reading.with_parts(config.var, of_loss=not has_data_size) if has_curvature else reading
 
 
 @contextlib.contextmanager
@@ -394,6 +415,12 @@ def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:
             f"The logits have to be a tensor, got {type(logits).__name__}. {SELECT_LOGITS}"
         )
     check_batch(logits, captured.loss)
+    sizes = leading_sizes(captured.inputs)
+    if logits.ndim == 0 and (logits is captured.loss or (sizes is not None and sizes[0] != 1)):
+        raise ValueError(
+            "The logits are a single number, but the batch is not a single example. If they are "
+            "another of the model's outputs, select them with setup_logits_repr."
+        )
     check_any_called(plan.layers, captured.record)
     if not logits.requires_grad and fisher_type in (FISHER_EXACT, FISHER_MC):
         raise RuntimeError(
@@ -412,7 +439,7 @@ def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFi
     if config.shared_dim is not None:
         return WeightSharingFisherMaker(model, config)
     for value in (config.fisher_type, config.loss_type):
-        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY):
+        if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY, LOSS_AUTO):
             raise ValueError(
                 f"'{value}' needs shared_dim; without weight sharing 'reduce' and 'expand' are the "
                 "same, choose either."

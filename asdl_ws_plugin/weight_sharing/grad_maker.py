@@ -36,6 +36,7 @@ from .matrices import (
     precondition_bias,
     share_inverses,
 )
+from .observe_loss import loss_and_count
 from .positions import take_own_positions
 from .registry import supported_classes
 from .rules import matches_any
@@ -133,6 +134,11 @@ class WeightSharing(NaturalGradientMaker):
             raise
         for p, grad in held.items():
             p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+    def call_loss(self) -> Tensor:
+        """Upstream's, with the losses of AlgoPerf's workloads understood, too."""
+        self._loss, _ = loss_and_count(super().call_loss())
+        return self._loss
 
     def forward(self) -> None:
         """Of a step without curvature. An empty batch or a loss that is not finite is refused here,

@@ -17,10 +17,9 @@ from .batch import Batch
 from .capture import Captured
 from .count import Count
 from .factors import full_precision
-from .likelihoods import likelihood_of
-from .output_grads import exact_output_grads, sampled_output_grads
-from .place import place_terms
-from .read_loss import LossTerms
+from .output_grads import sample_of
+from .place import place_rows, positions_of_part
+from .reading import Reading
 
 __all__ = ["FISHER_FORWARD_ONLY", "FISHER_TYPES", "Estimate", "exact_passes", "operate"]
 
@@ -37,16 +36,12 @@ class Estimate:
 
     Attributes:
         fisher_type: one of :data:`FISHER_TYPES`.
-        loss_type: the likelihood's.
-        var: the covariance of a Gaussian likelihood.
         num_samples: how many labels ``fisher_mc`` draws for each term.
         seed: of those; ``None``: PyTorch's own generator.
         draws: how many batches labels were drawn for before.
     """
 
     fisher_type: str
-    loss_type: str
-    var: Any = 1.0
     num_samples: int = 1
     seed: int | None = None
     draws: int = 0
@@ -63,7 +58,7 @@ class Estimate:
 def operate(
     batch: Batch,
     captured: Captured,
-    terms: LossTerms,
+    reading: Reading,
     count: Count,
     estimate: Estimate,
     scale_B: Any,
@@ -78,15 +73,15 @@ def operate(
     batch.take_inputs()
     if estimate.fisher_type == FISHER_EMP:
         assert captured.loss is not None
-        _empirical_pass(batch, captured.loss, scale_B * terms.sum_factor**2, with_grad)
+        _empirical_pass(batch, captured.loss, scale_B * reading.sum_factor**2, with_grad)
         return
     batch.scale = scale_B
     if estimate.fisher_type == FISHER_FORWARD_ONLY:
         batch.take_identity()
     elif estimate.fisher_type == FISHER_MC:
-        _sampled_passes(batch, terms, estimate, keep_graph=with_grad)
+        _sampled_passes(batch, reading, estimate, keep_graph=with_grad)
     else:
-        exact_passes(batch, captured, terms, count, estimate)
+        exact_passes(batch, captured, reading, count)
     if with_grad:
         assert captured.loss is not None
         captured.loss.backward()
@@ -103,24 +98,22 @@ def _empirical_pass(batch: Batch, loss: Tensor, scale: Any, with_grad: bool) -> 
     batch.end_of_pass()
 
 
-def _sampled_passes(batch: Batch, terms: LossTerms, estimate: Estimate, keep_graph: bool) -> None:
+def _sampled_passes(batch: Batch, reading: Reading, estimate: Estimate, keep_graph: bool) -> None:
     """One pass for each sample of labels."""
-    likelihood = likelihood_of(estimate.loss_type, estimate.var)
-    generator = estimate.generator(terms.logits.device)
+    generator = estimate.generator(reading.logits.device)
     batch.scale = batch.scale / estimate.num_samples
     for i in range(estimate.num_samples):
-        grads = sampled_output_grads(terms, likelihood, generator)
+        outputs, grads = sample_of(reading.parts, generator)
         is_last = i == estimate.num_samples - 1
-        batch.take_output_grads(terms.logits, grads, retain_graph=keep_graph or not is_last)
+        batch.take_output_grads(outputs, grads, retain_graph=keep_graph or not is_last)
         batch.end_of_pass()
 
 
-def exact_passes(
-    batch: Batch, captured: Captured, terms: LossTerms, count: Count, estimate: Estimate
-) -> None:
+def exact_passes(batch: Batch, captured: Captured, reading: Reading, count: Count) -> None:
     """One pass for each class and position; the graph is left as it is."""
-    position, num_positions = place_terms(terms, captured, count, batch.layers, batch.arranged)
-    likelihood = likelihood_of(estimate.loss_type, estimate.var)
-    for grads in exact_output_grads(terms, likelihood, position, num_positions):
-        batch.take_output_grads(terms.logits, grads, retain_graph=True)
-        batch.end_of_pass()
+    rows, num_positions = place_rows(captured, count, batch.layers, batch.arranged)
+    for part in reading.parts:
+        position = positions_of_part(part, captured.logits, rows, num_positions)
+        for grads in part.columns_by_position(position, num_positions):
+            batch.take_output_grads(part.outputs, grads, retain_graph=True)
+            batch.end_of_pass()

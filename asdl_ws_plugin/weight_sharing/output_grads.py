@@ -1,9 +1,15 @@
-"""From the terms of a loss to what is back-propagated for its curvature: samples, or the columns of
-the terms' Hessian roots.
+"""What is back-propagated for the curvature of a loss: samples, or the columns of the Hessians'
+roots.
+
+A loss is made of *parts*: the calls of PyTorch's losses that were read, or the loss as a whole with
+its own Hessians. Each part has a tensor where its gradients start, and the curvature of the summed
+loss there: its samples have it as their second moment, its columns as the sum of their outer
+products. The curvature of the loss is the sum over the parts.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -13,57 +19,145 @@ from .factors import accumulation_dtype
 from .likelihoods import Likelihood
 from .read_loss import LossTerms
 
-__all__ = ["exact_output_grads", "positions_of_terms", "sampled_output_grads"]
+__all__ = ["CallPart", "HessianPart", "Part", "positions_of_terms", "sample_of"]
 
 
-@torch.no_grad()
-def sampled_output_grads(
-    terms: LossTerms, likelihood: Likelihood, generator: torch.Generator | None = None
-) -> Tensor:
-    """Gradient of the negative log-likelihood of one label drawn for each term, of the shape of
-    ``terms.logits``.
+class Part(ABC):
+    """A part of the loss.
 
-    Its second moment is the loss Hessian (eq. 3.35), weighted as the loss weights its terms.
+    Attributes:
+        outputs: where its gradients start, a part of the autograd graph.
+        class_dim: its dimension of classes or outputs; every other index is one term.
+        num_rows: how many terms it has, those of weight 0 included.
     """
-    grads = likelihood.sample(_classes_last(terms), generator)
-    return _weighted(grads.movedim(-1, terms.class_dim), terms).to(terms.logits.dtype)
+
+    outputs: Tensor
+    class_dim: int
+    num_rows: int
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Noise of the sizes of :attr:`outputs`, with the Hessian as its second moment
+        (eq. 3.35).
+        """
+
+    @abstractmethod
+    def columns(self) -> Iterator[Tensor]:
+        """The columns of the Hessians' roots, of the sizes of :attr:`outputs`."""
+
+    @abstractmethod
+    def positions(self, logits: Tensor, position: Tensor) -> Tensor:
+        """The position of each term, given those of the rows of the logits."""
+
+    @torch.no_grad()
+    def columns_by_position(self, position: Tensor, num_positions: int) -> Iterator[Tensor]:
+        """The columns, one position at a time.
+
+        Terms at different positions of an example must not be back-propagated together, or their
+        products would count; terms of different examples may.
+
+        Args:
+            position: the position of each term within its example, ``(rows,)``.
+            num_positions: R', the number of positions.
+
+        Yields:
+            ``num_positions * C`` tensors of the sizes of :attr:`outputs`.
+        """
+        sizes = self.outputs.movedim(self.class_dim, -1).shape[:-1]
+        for column in self.columns():
+            for r in range(num_positions):
+                if num_positions == 1:
+                    yield column
+                    continue
+                here = (position == r).reshape(sizes).unsqueeze(-1)
+                yield column * here.movedim(-1, self.class_dim)
 
 
-@torch.no_grad()
-def exact_output_grads(
-    terms: LossTerms, likelihood: Likelihood, position: Tensor, num_positions: int
-) -> Iterator[Tensor]:
-    """The columns of the loss Hessians' square roots, one position at a time.
-
-    Terms at different positions of an example must not be back-propagated together, or their
-    products would count; terms of different examples may.
+class CallPart(Part):
+    """A call of one of PyTorch's losses.
 
     Args:
-        position: the position of each term within its example, shape ``(rows,)``.
-        num_positions: R', the number of positions.
-
-    Yields:
-        ``num_positions * C`` tensors of the shape of ``terms.logits``.
+        factor: multiplies its curvature.
     """
-    logits = _classes_last(terms)
-    for column in likelihood.hessian_root(logits):
-        grads = _weighted(column.movedim(-1, terms.class_dim), terms).to(terms.logits.dtype)
-        for r in range(num_positions):
-            if num_positions == 1:
-                yield grads
-                continue
-            here = (position == r).reshape(logits.shape[:-1]).unsqueeze(-1)
-            yield grads * here.movedim(-1, terms.class_dim)
+
+    def __init__(
+        self, terms: LossTerms, likelihood: Likelihood, factor: Tensor | float = 1.0
+    ) -> None:
+        self.terms, self.likelihood, self.factor = terms, likelihood, factor
+        self.outputs, self.class_dim, self.num_rows = terms.logits, terms.class_dim, terms.num_rows
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self._weighted(self.likelihood.sample(self._classes_last(), generator))
+
+    @torch.no_grad()
+    def columns(self) -> Iterator[Tensor]:
+        for column in self.likelihood.hessian_root(self._classes_last()):
+            yield self._weighted(column)
+
+    def positions(self, logits: Tensor, position: Tensor) -> Tensor:
+        return positions_of_terms(self.terms, logits, position)
+
+    def _classes_last(self) -> Tensor:
+        logits = self.terms.logits.detach()
+        return logits.to(accumulation_dtype(logits.dtype)).movedim(self.terms.class_dim, -1)
+
+    def _weighted(self, grads: Tensor) -> Tensor:
+        """Gradients with the classes last, weighted, in the place and the dtype of the logits."""
+        terms = self.terms
+        grads = grads.movedim(-1, terms.class_dim)
+        if terms.weight is not None:
+            grads = grads * terms.weight.to(grads.dtype).sqrt()
+        if isinstance(self.factor, Tensor) or self.factor != 1:
+            grads = grads * self.factor**0.5
+        return grads.to(terms.logits.dtype)
 
 
-def _classes_last(terms: LossTerms) -> Tensor:
-    """The terms' logits ``(*, C)``, in at least float32."""
-    logits = terms.logits.detach()
-    return logits.to(accumulation_dtype(logits.dtype)).movedim(terms.class_dim, -1)
+class HessianPart(Part):
+    """The loss as a whole, with the Hessian of each row of the logits.
+
+    Args:
+        roots: ``S`` with ``S Sᵀ`` the Hessian of a row's loss, ``(rows, C, C)``.
+        factor: multiplies its curvature.
+    """
+
+    def __init__(self, logits: Tensor, roots: Tensor, factor: Tensor | float = 1.0) -> None:
+        self.outputs = logits if logits.ndim > 1 else logits.reshape(-1, 1)
+        self.class_dim, self.num_rows = -1, len(roots)
+        self.roots, self.factor = roots, factor
+
+    @torch.no_grad()
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        roots = self.roots
+        noise = torch.randn(
+            (*roots.shape[:-1], 1), dtype=roots.dtype, device=roots.device, generator=generator
+        )
+        return self._placed((roots @ noise).squeeze(-1))
+
+    @torch.no_grad()
+    def columns(self) -> Iterator[Tensor]:
+        for column in self.roots.unbind(-1):
+            yield self._placed(column)
+
+    def positions(self, logits: Tensor, position: Tensor) -> Tensor:
+        return position
+
+    def _placed(self, grads: Tensor) -> Tensor:
+        return (grads * self.factor**0.5).reshape(self.outputs.shape).to(self.outputs.dtype)
 
 
-def _weighted(grads: Tensor, terms: LossTerms) -> Tensor:
-    return grads if terms.weight is None else grads * terms.weight.to(grads.dtype).sqrt()
+def sample_of(
+    parts: list[Part], generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs and their gradients for one backward pass that samples the curvature of all parts.
+
+    The parts' noise is independent, so that products of different parts vanish in the mean.
+    """
+    if len(parts) == 1:
+        return parts[0].outputs, parts[0].sample(generator)
+    with torch.enable_grad():
+        products = [(part.outputs * part.sample(generator)).sum() for part in parts]
+        return torch.stack([product.to(products[0].dtype) for product in products]).sum(), None
 
 
 def positions_of_terms(terms: LossTerms, logits: Tensor, position: Tensor) -> Tensor:
@@ -91,7 +185,7 @@ def positions_of_terms(terms: LossTerms, logits: Tensor, position: Tensor) -> Te
     probe.view(-1, x.shape[-1])[:, 0] = row_numbers
     if x.shape[-1] > 1:
         probe.view(-1, x.shape[-1])[:, 1] = -row_numbers
-    number = _sent_back(x, logits, probe).reshape(rows, -1)[:, 0]
+    number = _sent_back(x, logits, probe).reshape(rows, -1).amax(1)
     order = number[number > 0] - 1
     expected = torch.arange(len(order), device=order.device)
     if not torch.equal(order.sort().values, expected) or len(order) != x.numel() // x.shape[-1]:

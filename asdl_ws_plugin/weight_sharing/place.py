@@ -15,26 +15,23 @@ from .arrange import Arranged
 from .capture import Captured, Layer
 from .count import Count, row_sizes
 from .layout import fits
-from .output_grads import positions_of_terms
+from .output_grads import Part
 from .ragged import Segments
-from .read_loss import LossTerms
 from .rules import SEQUENCE_FIRST
 
-__all__ = ["place_terms", "readings"]
+__all__ = ["place_rows", "positions_of_part", "readings"]
 
 
-def place_terms(
-    terms: LossTerms,
+def place_rows(
     captured: Captured,
     count: Count,
     layers: Sequence[Layer],
     arranged: Mapping[nn.Module, Arranged],
 ) -> tuple[Tensor, int]:
-    """The position of every loss term within its example, ``(terms,)``, and the number of
+    """The position of every row of the logits within its example, ``(rows,)``, and the number of
     positions.
 
-    Raises a ValueError if the logits do not hold so many examples, or the terms are not rows of
-    them.
+    Raises a ValueError if the logits do not hold so many examples.
     """
     logits = captured.logits
     found = readings(logits, count)
@@ -44,10 +41,17 @@ def place_terms(
         found = found[best:]
     example, position = found[0]
     of_examples = position[example.flatten() < count.num_examples]
-    num_positions = 1 + int(of_examples.max()) if len(of_examples) else 1
-    if num_positions == 1 and terms.num_rows == len(position):
-        return position, num_positions  # a term of each example, whatever it is made of
-    return positions_of_terms(terms, logits, position), num_positions
+    return position, 1 + int(of_examples.max()) if len(of_examples) else 1
+
+
+def positions_of_part(part: Part, logits: Tensor, position: Tensor, num_positions: int) -> Tensor:
+    """The position of every term of a part of the loss, given those of the rows of the logits.
+
+    Raises a ValueError if the terms are not rows of the logits.
+    """
+    if num_positions == 1 and part.num_rows == len(position):
+        return position  # a term of each example, whatever it is made of
+    return part.positions(logits, position)
 
 
 def readings(logits: Tensor, count: Count) -> list[tuple[Tensor, Tensor]]:

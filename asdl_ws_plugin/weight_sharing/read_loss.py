@@ -1,9 +1,4 @@
-"""The user's loss, read off as it is computed: its terms, their weights, what it averages over.
-
-The user's loss is called exactly as it was passed. While it runs, :class:`LossObserver` sees which
-of PyTorch's loss functions it calls and with what, so the terms of the loss, what it averages over
-and which terms it leaves out are known for functions, modules, lambdas, partials and ASDL's
-``setup_loss_repr`` alike.
+"""One call of PyTorch's losses as a sum of terms: their weights, and what the loss averages over.
 
 The loss is written ``L = 1/κ Σ_t w_t l_t`` over its terms, with ``w_t = 0`` for a term that it
 leaves out, and one ``T`` that it averages over. How each is read, with ``c`` the gradient of L with
@@ -30,74 +25,27 @@ elements, none       ``h_t c_t/m`` ``1/m``              ``κ``; rows, if a mean
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
+from asdl.grad_maker import LOSS_CROSS_ENTROPY
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ._warn import warn
 from .factors import accumulation_dtype
-from .likelihoods import LOSS_BINARY_CROSS_ENTROPY
+from .observe_loss import Observation
 
-__all__ = ["LossObserver", "LossTerms", "Observation", "read_loss"]
-
-# torch function -> loss type
-_OBSERVED: dict[Any, str] = {
-    F.cross_entropy: LOSS_CROSS_ENTROPY,
-    # The softmax of log-probabilities are the probabilities: the same Fisher.
-    F.nll_loss: LOSS_CROSS_ENTROPY,
-    F.mse_loss: LOSS_MSE,
-    F.binary_cross_entropy_with_logits: LOSS_BINARY_CROSS_ENTROPY,
-}
-_SIGNATURES = {function: inspect.signature(function) for function in _OBSERVED}
+__all__ = ["LossTerms", "observed_terms", "read_one_call", "unread_terms"]
 
 
-@dataclass
-class Observation:
-    """One call of one of PyTorch's loss functions."""
-
-    loss_type: str
-    arguments: dict[str, Any]
-    output: Tensor
-
-    @property
-    def input(self) -> Tensor:
-        """The logits."""
-        return self.arguments["input"]
-
-    @property
-    def reduction(self) -> str:
-        """``'mean'``, ``'sum'`` or ``'none'``; the deprecated arguments are understood, too."""
-        size_average, reduce = self.arguments.get("size_average"), self.arguments.get("reduce")
-        if size_average is None and reduce is None:
-            return self.arguments["reduction"]
-        return "none" if reduce is False else "sum" if size_average is False else "mean"
-
-
-class LossObserver(TorchFunctionMode):
-    """Notes the calls of PyTorch's loss functions that are made while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.observations: list[Observation] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        loss_type = _OBSERVED.get(func)
-        if loss_type is not None:
-            bound = _SIGNATURES[func].bind(*args, **kwargs)
-            bound.apply_defaults()
-            observation = Observation(loss_type, dict(bound.arguments), output)
-            if observation.input.requires_grad:
-                self.observations.append(observation)
-        return output
+UNKNOWN_SCALE = (
+    "The loss calls none of torch's cross_entropy, mse_loss or binary_cross_entropy_with_logits, "
+    "so what it averages over is not known. The mean over all terms is assumed; use fisher_mc or "
+    "fisher_exact without data_size to be independent of it, or give the loss an attribute "
+    "reduction = 'sum' or 'mean'."
+)
 
 
 @dataclass
@@ -129,46 +77,31 @@ class LossTerms:
         )
 
 
-def read_loss(
-    loss: Tensor | None,
-    observations: list[Observation],
-    logits: Tensor,
-    loss_type: str | None,
-    reduction: str | None,
+def read_one_call(
+    loss: Tensor, observations: list[Observation], logits: Tensor, reduction: str | None
 ) -> LossTerms:
-    """What the loss is made of.
+    """The terms of a loss that is one call of PyTorch's, or none: then all rows of the logits.
 
     Args:
-        loss: the user's loss, or ``None`` if it was not computed.
-        observations: what :class:`LossObserver` saw.
+        observations: what :class:`~.observe_loss.LossObserver` saw.
         logits: the model's logits, used where nothing was observed.
-        loss_type: the likelihood that the curvature is of; ``None`` where it does not matter
-            (``fisher_emp``).
         reduction: what the loss function says of itself, used where nothing was observed.
 
-    Raises:
-        ValueError: the loss is of another type than ``loss_type``; it calls several loss functions;
-            the logits have their classes in the second of three or more dimensions.
+    Raises a ValueError if the loss calls several loss functions, or the logits have their classes
+    in the second of three or more dimensions.
     """
-    if loss is not None and observations:
-        observed = _the_one(loss, observations, logits)
-        if observed is not None:
-            if loss_type is not None and observed.loss_type != loss_type:
-                raise ValueError(
-                    f"loss_type is '{loss_type}', but the loss is '{observed.loss_type}'. Pass "
-                    f"loss_type='{observed.loss_type}' to the gradient maker."
-                )
-            return observed_terms(loss, observed, logits)
-    rows = max(1, logits[..., 0].numel() if logits.ndim > 1 else logits.numel())
-    if reduction not in ("sum", "mean") and loss is not None:
-        warn(
-            "The loss calls none of torch's cross_entropy, mse_loss or "
-            "binary_cross_entropy_with_logits, so what it averages over is not known. The mean "
-            "over all terms is assumed; pass data_size to be independent of it (with fisher_mc "
-            "or fisher_exact), or give the loss an attribute reduction = 'sum' or 'mean'.",
-        )
-    count = 1 if reduction == "sum" else rows
-    return LossTerms(logits if logits.ndim > 1 else logits.unsqueeze(-1), -1, None, count, count)
+    observed = _the_one(loss, observations, logits) if observations else None
+    if observed is not None:
+        return observed_terms(loss, observed, logits)
+    rows = logits.numel() // max(1, logits.shape[-1] if logits.ndim > 1 else 1)
+    if reduction not in ("sum", "mean"):
+        warn(UNKNOWN_SCALE)
+    return unread_terms(logits, 1 if reduction == "sum" else max(1, rows))
+
+
+def unread_terms(logits: Tensor, count: Tensor | float) -> LossTerms:
+    """Every row of the logits, in a loss that averages over so many terms."""
+    return LossTerms(logits if logits.ndim > 1 else logits.reshape(-1, 1), -1, None, count, count)
 
 
 def _the_one(loss: Tensor, observations: list[Observation], logits: Tensor) -> Observation | None:

@@ -418,14 +418,6 @@ def test_several_losses_of_different_logits():
         maker.forward_and_backward()
 
 
-def test_two_losses_of_the_same_logits_are_refused():
-    def loss(y, target):
-        return F.cross_entropy(y, target) + F.cross_entropy(y, 1 - target)
-
-    with pytest.raises(ValueError, match="2 calls of torch's loss functions"):
-        step(kfac(Model()), loss, *reversed(batch()))
-
-
 def test_logits_without_parameters_are_refused():
     model = nn.Sequential(nn.Linear(D, 4), nn.Linear(4, C))
 

@@ -128,8 +128,8 @@ def test_exact_factors_leave_missing_labels_out(
 def test_the_setting_and_the_number_of_terms_do_not_depend_on_how(
     model: Any, graphs: Graphs, how: str
 ):
-    """A mean over labels has one term for each example that has any: 'auto' says reduce, and B is
-    divided by 3.
+    """A mean over labels has a term for each, and each example's are of one row: 'auto' says
+    reduce, and B is the curvature of the loss.
     """
     t = labels()
     maker = compute(model, graphs, MEANS[how], t, "auto", data_size=-1)
@@ -139,7 +139,9 @@ def test_the_setting_and_the_number_of_terms_do_not_depend_on_how(
     )
     assert_equal(model.node.fisher.kron.A, expected.A / N)
     assert_equal(
-        model.node.fisher.kron.B, expected.B / (N - 1), 1e-5 if "precision" in how else 1e-10
+        model.node.fisher.kron.B,
+        expected.B / known(t).sum(),
+        1e-5 if "precision" in how else 1e-10,
     )
 
 
@@ -150,7 +152,7 @@ def test_a_mean_over_all_labels_known_or_not(model: Any, graphs: Graphs, how: st
     expected = ragged_factors(
         model.node, graph_examples(model, graphs), N, "reduce", BCE, weight=known(t).double()
     )
-    assert_equal(model.node.fisher.kron.B, expected.B / N)
+    assert_equal(model.node.fisher.kron.B, expected.B / (N * C))
 
 
 @pytest.mark.parametrize("how", ["index", "product"])
@@ -225,7 +227,7 @@ def test_a_loss_of_some_tasks_has_the_curvature_of_those(model: Any, graphs: Gra
     expected = ragged_factors(
         model.node, graph_examples(model, graphs), N, "reduce", BCE, weight=weight
     )
-    assert_equal(model.node.fisher.kron.B, expected.B / N)
+    assert_equal(model.node.fisher.kron.B, expected.B / (2 * N))
 
 
 def test_weights_of_known_labels(model: Any, graphs: Graphs):
@@ -258,7 +260,7 @@ def test_a_squared_error_of_known_targets(model: Any, graphs: Graphs):
     expected = ragged_factors(
         model.node, graph_examples(model, graphs), N, "reduce", MSE, weight=known(t).double()
     )
-    assert_equal(model.node.fisher.kron.B, expected.B / (N - 1))
+    assert_equal(model.node.fisher.kron.B, 2 * expected.B / known(t).sum())
 
 
 def test_no_label_in_the_whole_batch(model: Any, graphs: Graphs):
