@@ -172,9 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shared-dim",
         action="append",
         metavar="[NAME=]VALUE[,LAYOUT]",
-        help=f"as the gradient maker's shared_dim (default: {AUTO}); head=expand or "
-        f"decoder=reduce,{SEQUENCE_FIRST} (or {BATCH_FIRST}) is a rule for layers; may be "
-        "repeated",
+        help=f"as the gradient maker's shared_dim (default: {AUTO}); head=expand or decoder=reduce,"
+        f"{SEQUENCE_FIRST} (or {BATCH_FIRST}) is a rule for layers; may be repeated",
     )
     command.add_argument(
         "--convert", action="store_true", help="call asdl_ws_plugin.convert on the model before"

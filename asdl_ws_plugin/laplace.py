@@ -17,7 +17,9 @@ from typing import Any
 from laplace import curvature
 from laplace.curvature import CurvatureInterface
 from laplace.utils.matrix import Kron, KronDecomposed
-from torch import Tensor
+from torch import Tensor, nn
+
+from .weight_sharing.errors import LayerError
 
 __all__ = ["AsdlEF", "AsdlGGN"]
 
@@ -62,6 +64,24 @@ def _mixed(decomposed: KronDecomposed) -> KronDecomposed:
     )
 
 
+def _check_biases(model: nn.Module) -> None:
+    """Raise a LayerError for a layer of whose weight and bias one is frozen: laplace-torch takes a
+    factor for each of both where one of them is trained.
+    """
+    for name, module in model.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
+            continue
+        if weight.requires_grad != bias.requires_grad:
+            frozen = "weight" if bias.requires_grad else "bias"
+            raise LayerError(
+                name,
+                f"its {frozen} is frozen, but not all of it: laplace-torch has no Kronecker "
+                "factors of half a layer",
+                "Freeze both its weight and its bias, or neither.",
+            )
+
+
 class _WithWeightSharing:
     """What both backends have in common; in front of laplace-torch's own."""
 
@@ -69,6 +89,7 @@ class _WithWeightSharing:
     gradients = CurvatureInterface.gradients
 
     def kron(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Kron]:
+        _check_biases(self.model)  # type: ignore[attr-defined]
         loss, kron = super().kron(*args, **kwargs)  # type: ignore[misc]
         return loss, _MixedKron(kron.kfacs)
 

@@ -175,7 +175,7 @@ def convert(
     _check_options(options, ignore_modules)
     sites = [
         Site(name, module, parent, options)
-        for name, module, parent in _sites(unwrapped(model))
+        for name, module, parent in _sites(model)
         if not matches_any(name, module, ignore_modules)
     ]
     _check_sites(sites, split_qkv)
@@ -278,7 +278,7 @@ def revert(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
     todo: list[tuple[nn.Module, Converter]] = []
-    for name, module, _ in _sites(unwrapped(model)):
+    for name, module, _ in _sites(model):
         key, found = module.__dict__.get(_MARK), dict(_find(module))
         converter = found.get(key) if key is not None else None
         if key is not None and converter is None:
@@ -307,7 +307,7 @@ def convertible(model: nn.Module) -> dict[str, Converter]:
     out.
     """
     found = {}
-    for name, module, parent in _sites(unwrapped(model)):
+    for name, module, parent in _sites(model):
         if _MARK in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
             continue
         site = Site(name, module, parent, {"split_qkv": False})
@@ -333,6 +333,7 @@ def _find(module: nn.Module) -> Iterator[tuple[tuple[str, str], Converter]]:
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
     """Every module once, with its first name and the parent it has there."""
+    model = unwrapped(model)
     for name, module in list(model.named_modules()):
         parent = model.get_submodule(name.rpartition(".")[0]) if name else None
         yield name, module, parent

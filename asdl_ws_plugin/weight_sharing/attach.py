@@ -20,21 +20,26 @@ from .torch_private import unwrapped
 
 __all__ = ["attach_padding", "attach_segments"]
 
+_AUTO = "auto"
+_ATTACHED = "_weight_sharing_attached"  # the handles of what is attached to a model, by source
+
 
 def attach_segments(
     model: nn.Module, source: str | Callable[..., Positions | Mapping[str, Any]] = "pyg"
 ) -> RemovableHandle:
     """Compute the segments from the model's own arguments, on every call in a curvature step.
 
+    Attaching the same source again changes nothing. What DistributedDataParallel or torch.compile
+    made of a model is that model.
+
     Args:
-        model: also one that is wrapped in ``DistributedDataParallel`` or compiled.
         source: ``'pyg'``: the model is called with a PyG ``Data`` or ``Batch``, or with arguments
             named ``edge_index`` and ``batch`` (also by position, by the names in the signature of
             ``forward``). ``'jraph'``: with arguments or an object that has ``n_node`` and
             ``n_edge``, batched with padding as jraph does it (the first padding graph owns all
-            padding nodes and edges, later ones are empty). ``'auto'``: what of the two the
-            arguments are; nothing, if they are no graphs. Or a function of the model's arguments
-            that returns the keyword arguments of :func:`segments`.
+            padding nodes and edges, later ones are empty). ``'auto'``: as either of both if the
+            arguments are of one, and nothing if they are not. Or a function of the model's
+            arguments that returns the keyword arguments of :func:`segments`.
 
     Returns:
         A handle; ``remove()`` detaches.
@@ -43,13 +48,11 @@ def attach_segments(
         ValueError: the source is unknown. When the model is called: the arguments are not as the
             source says.
     """
-    if isinstance(source, str):
-        if source not in _SOURCES:
-            raise ValueError(
-                f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
-            )
-        return _attach(model, _ByArguments(_SOURCES[source]), _segments_of)
-    return _attach(model, _ByFunction(source), _segments_of)
+    if isinstance(source, str) and source not in _SOURCES:
+        raise ValueError(
+            f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
+        )
+    return _attach(unwrapped(model), _SegmentsOf(source))
 
 
 def attach_padding(
@@ -57,8 +60,10 @@ def attach_padding(
 ) -> RemovableHandle:
     """Compute the padding mask from the model's own arguments, on every call in a curvature step.
 
+    Attaching the same source again changes nothing. What DistributedDataParallel or torch.compile
+    made of a model is that model.
+
     Args:
-        model: also one that is wrapped in ``DistributedDataParallel`` or compiled.
         source: the name of an argument that holds it, where ``attention_mask`` is True (1) for real
             tokens, and any name that ends in ``key_padding_mask`` True for padding, as PyTorch has
             it; or a function of the model's arguments that returns the mask of :func:`padding`.
@@ -76,84 +81,97 @@ def attach_padding(
         ValueError: ``forward`` has no argument of that name. When the model is called: none was
             found.
     """
-    if not isinstance(source, str):
-        return _attach(model, _ByFunction(source), make_padding)
-    if source == "auto":
-        return _attach(model, _ByArguments(_masks_of_any), make_padding)
     model = unwrapped(model)
-    parameters = inspect.signature(model.forward).parameters
-    if source not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ValueError(
-            f"attach_padding: {type(model).__name__}.forward has no argument '{source}'; it has "
-            f"{', '.join(map(repr, parameters)) or 'none'}."
-        )
-    return _attach(model, _ByArguments(_NamedMask(source)), make_padding)
+    if isinstance(source, str) and source != _AUTO:
+        parameters = inspect.signature(model.forward).parameters
+        has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if source not in parameters and not has_keywords:
+            raise ValueError(
+                f"attach_padding: {type(model).__name__}.forward has no argument '{source}'; it "
+                f"has {', '.join(map(repr, parameters)) or 'none'}."
+            )
+    return _attach(model, _PaddingOf(source))
 
 
-# A reader of the model's arguments is an object, not a closure: a model that carries it can be
-# pickled, and spawned with.
-
-
-@dataclass(frozen=True)
-class _ByFunction:
-    """What a function of the user's says of the model's arguments."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class _ByArguments:
-    """What is read off the arguments, found by name."""
-
-    read: Callable[[_Arguments], Any]
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
-        return self.read(_Arguments(inspect.signature(model.forward), args, kwargs))
+def _attach(model: nn.Module, hook: _SegmentsOf | _PaddingOf) -> RemovableHandle:
+    """Register a hook, unless its like is there; a model can be pickled with it."""
+    attached: dict[Any, RemovableHandle] = model.__dict__.setdefault(_ATTACHED, {})
+    key = type(hook).__name__, hook.source
+    handle = attached.get(key)
+    if handle is None or handle.id not in (handle.hooks_dict_ref() or ()):
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        attached[key] = handle
+    return handle
 
 
 @dataclass(frozen=True)
-class _NamedMask:
-    """The padding mask that an argument holds: True for a real token."""
+class _SegmentsOf:
+    """A hook before a model's forward pass."""
 
-    name: str
+    source: Any
 
-    def __call__(self, arguments: _Arguments) -> Tensor | None:
-        mask = arguments.get(self.name)
-        if mask is None:
-            if self.name in arguments.parameters:
-                return None
-            raise ValueError(f"attach_padding: the model was called without '{self.name}'.")
-        of_padding = self.name.endswith("key_padding_mask")
-        if mask.is_floating_point():
-            return mask.isneginf().logical_not() if of_padding else mask != 0
-        return ~mask.bool() if of_padding else mask.bool()
-
-
-@dataclass(frozen=True)
-class _Hook:
-    """Says of a model's parts, when it is called in a curvature step, what was read."""
-
-    read: Callable[[nn.Module, Any, Any], Any]
-    make: Callable[[Any], Positions]
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        record = current_record()
-        if record is None:  # nobody computes curvature
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if current_record() is None:  # nobody computes curvature
             return
-        said = self.read(model, args, kwargs)
-        if said is None:
+        if isinstance(self.source, str):
+            arguments = _Arguments(inspect.signature(module.forward), args, kwargs)
+            said = _SOURCES[self.source](arguments)
+        else:
+            said = self.source(*args, **kwargs)
+        if said is not None:
+            _note(module, said if isinstance(said, Positions) else make_positions(**said))
+
+
+@dataclass(frozen=True)
+class _PaddingOf:
+    """A hook before a model's forward pass."""
+
+    source: Any
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if current_record() is None:
             return
-        positions = said if isinstance(said, Positions) else self.make(said)
-        for part in model.modules():
-            before = record.positions.get(part)
-            if positions.is_guessed and before is not None:
-                continue  # it is known
-            if before is None or before is positions_of(part) or before.is_guessed:
-                record.positions[part] = positions
-            elif before is not positions and not before.equals(positions):
+        said: Any
+        if self.source == _AUTO:
+            arguments = _Arguments(inspect.signature(module.forward), args, kwargs)
+            said = _masks_of_any(arguments)
+        elif isinstance(self.source, str):
+            said = _mask_argument(self.source, inspect.signature(module.forward), args, kwargs)
+        else:
+            said = self.source(*args, **kwargs)
+        if said is not None:
+            _note(module, said if isinstance(said, Positions) else make_padding(said))
+
+
+def _mask_argument(
+    name: str, signature: inspect.Signature, args: Any, kwargs: Any
+) -> Tensor | None:
+    """The mask that a model's argument of this name is, True for real tokens."""
+    mask = _Arguments(signature, args, kwargs).get(name)
+    is_of_padding = name.endswith("key_padding_mask")
+    if mask is None:
+        if name in signature.parameters:
+            return None
+        raise ValueError(f"attach_padding: the model was called without '{name}'.")
+    if mask.is_floating_point():
+        return mask.isneginf().logical_not() if is_of_padding else mask != 0
+    return ~mask.bool() if is_of_padding else mask.bool()
+
+
+def _note(module: nn.Module, positions: Positions) -> None:
+    """Keep what was said of a module and of those in it for the step that is recorded."""
+    record = current_record()
+    assert record is not None
+    joined: dict[int, Positions] = {}
+    for part in module.modules():
+        before = record.positions.get(part)
+        if before is not None and positions.is_guessed:
+            continue  # it is known
+        if before is None or before is positions_of(part) or before.is_guessed:
+            record.positions[part] = positions
+        elif before is not positions and not before.equals(positions):
+            both = joined.get(id(before)) or before.joined(positions)
+            if both is None:
                 raise ValueError(
                     f"The segments of a {type(part).__name__} were given twice in this step, and "
                     f"are different: {before.roles or before.masks} and "
@@ -161,18 +179,7 @@ class _Hook:
                     "call, as in attach_segments(model, lambda ...: {'node_a': ..., 'node_b': "
                     "...})."
                 )
-
-
-def _attach(
-    model: nn.Module,
-    read: Callable[[nn.Module, Any, Any], Any],
-    make: Callable[[Any], Positions],
-) -> RemovableHandle:
-    return unwrapped(model).register_forward_pre_hook(_Hook(read, make), with_kwargs=True)
-
-
-def _segments_of(said: Mapping[str, Any]) -> Positions:
-    return make_positions(**said)
+            record.positions[part] = joined[id(before)] = both
 
 
 class _Arguments:
@@ -181,7 +188,6 @@ class _Arguments:
     """
 
     def __init__(self, signature: inspect.Signature, args: Any, kwargs: Any) -> None:
-        self.parameters = signature.parameters
         bound = signature.bind(*args, **kwargs)
         self.named = dict(bound.arguments)
         for parameter in signature.parameters.values():
@@ -274,11 +280,15 @@ def _from_jraph(arguments: _Arguments) -> dict[str, Any]:
     }
 
 
-def _from_either(arguments: _Arguments) -> dict[str, Any] | None:
-    """Those of whatever graphs the arguments are; ``None`` for anything else."""
-    if arguments.get("n_node") is not None and arguments.get("n_edge") is not None:
-        return _from_jraph(arguments)
-    return None if arguments.get("edge_index") is None else _from_pyg(arguments)
+def _from_any(arguments: _Arguments) -> dict[str, Any] | None:
+    for names, source in ((("n_node", "n_edge"), _from_jraph), (("edge_index",), _from_pyg)):
+        if all(arguments.get(name) is not None for name in names):
+            return source(arguments)
+    return None
 
 
-_SOURCES = {"pyg": _from_pyg, "jraph": _from_jraph, "auto": _from_either}
+_SOURCES: dict[str, Callable[[_Arguments], dict[str, Any] | None]] = {
+    "pyg": _from_pyg,
+    "jraph": _from_jraph,
+    "auto": _from_any,
+}

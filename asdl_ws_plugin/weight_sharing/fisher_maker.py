@@ -133,6 +133,7 @@ class Step:
 
     @property
     def has_data_size(self) -> bool:
+        """Whether the examples that the curvature is averaged over were counted by the user."""
         return self.data_size != _INVALID_DATA_SIZE
 
     def scales(self, reading: Reading, count: Count, has_loss: bool) -> tuple[Any, Any]:
@@ -170,7 +171,6 @@ class WeightSharingFisherMaker(FisherMaker):
     _loss_reduction = None  # the user's loss is evaluated as it is
 
     def __init__(self, model: nn.Module, config: FisherConfig) -> None:
-        model = unwrapped(model)
         super().__init__(model, config)
         check_config(model, config)
         self.plan = Plan(
@@ -437,7 +437,7 @@ def find_fisher_maker(model: nn.Module, config: FisherConfig) -> WeightSharingFi
     Raises a ValueError for a configuration without it of a type that only a maker with it has.
     """
     if config.shared_dim is not None:
-        return WeightSharingFisherMaker(model, config)
+        return WeightSharingFisherMaker(unwrapped(model), config)
     for value in (config.fisher_type, config.loss_type):
         if value in (FISHER_FORWARD_ONLY, LOSS_BINARY_CROSS_ENTROPY, LOSS_AUTO):
             raise ValueError(

@@ -40,7 +40,12 @@ def live_record(
         if calls is None:
             continue
         of_examples = [call for call in calls if (layer.module, call.index) not in without_batch]
-        with_rows = [call for call in of_examples if call.in_data is None or call.in_data.numel()]
+        # Segments say it themselves where no example has a row.
+        with_rows = [
+            call
+            for call in of_examples
+            if call.module in record.positions or call.in_data is None or call.in_data.numel()
+        ]
         if not with_rows:
             absent[layer.module] = _NO_ROWS if of_examples else NO_BATCH
             continue

@@ -59,6 +59,7 @@ class Observation:
 
     @property
     def input(self) -> Tensor:
+        """The logits."""
         return self.arguments["input"]
 
     @property

@@ -88,14 +88,17 @@ class CallPart(Part):
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """Minus the score of labels that are drawn, weighted as the loss weighs its terms."""
         return self._weighted(self.likelihood.sample(self._classes_last(), generator))
 
     @torch.no_grad()
     def columns(self) -> Iterator[Tensor]:
+        """Those of the likelihood, weighted as the loss weighs its terms."""
         for column in self.likelihood.hessian_root(self._classes_last()):
             yield self._weighted(column)
 
     def positions(self, logits: Tensor, position: Tensor) -> Tensor:
+        """Those of the rows that the terms are found to be."""
         return positions_of_terms(self.terms, logits, position)
 
     def _classes_last(self) -> Tensor:
@@ -128,6 +131,7 @@ class HessianPart(Part):
 
     @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """The roots times standard normal noise."""
         roots = self.roots
         noise = torch.randn(
             (*roots.shape[:-1], 1), dtype=roots.dtype, device=roots.device, generator=generator
@@ -136,10 +140,12 @@ class HessianPart(Part):
 
     @torch.no_grad()
     def columns(self) -> Iterator[Tensor]:
+        """Those of the roots."""
         for column in self.roots.unbind(-1):
             yield self._placed(column)
 
     def positions(self, logits: Tensor, position: Tensor) -> Tensor:
+        """Those of the rows of the logits, which have a Hessian each."""
         return position
 
     def _placed(self, grads: Tensor) -> Tensor:

@@ -73,6 +73,20 @@ class Positions:
         masks = {name: mask for name, mask in self.masks.items() if len(mask.mask) == num_examples}
         return replace(self, num_examples=num_examples, masks=masks)
 
+    def joined(self, other: Positions) -> Positions | None:
+        """What both say, one of rows and the other of padding; ``None`` if they do not go
+        together.
+        """
+        both_of_a_kind = (self.roles and other.roles) or (self.masks and other.masks)
+        if both_of_a_kind or self.num_examples != other.num_examples:
+            return None
+        return Positions(
+            self.num_examples,
+            {**self.roles, **other.roles},
+            {**self.masks, **other.masks},
+            self.is_inferred and other.is_inferred,
+        )
+
     def with_num_examples(self, num_examples: int) -> Positions:
         """The same rows, with examples without rows at the end."""
         roles = {
@@ -80,9 +94,8 @@ class Positions:
             for role, part in self.roles.items()
             if role != GRAPH
         }
-        return Positions(
-            num_examples, {**roles, GRAPH: _one_row_each(num_examples, next(iter(roles.values())))}
-        )
+        graph = _one_row_each(num_examples, next(iter(roles.values())))
+        return Positions(num_examples, {**roles, GRAPH: graph}, self.masks)
 
 
 class WeightSharingLinear(nn.Linear):

@@ -204,7 +204,7 @@ def _noise(like: Tensor) -> Tensor:
 
 def _of_example(logits: Tensor, which: int, layout: str | None) -> Tensor:
     """Noise in the logits of the first or the last example, or in one row of them."""
-    found = torch.zeros_like(logits)
+    found = logits.new_zeros(logits.shape)
     if layout is not None:
         part = found.select(0 if layout == BATCH_FIRST else 1, which)
     else:

@@ -12,7 +12,7 @@ from asdl.matrices import SHAPE_KRON, SHAPE_SWIFT_KRON, SHAPE_UNIT_WISE
 from torch import nn
 
 from ._warn import warn
-from .blocks import LinearBlock, has_blocks, is_trainable, weight_key
+from .blocks import LinearBlock, has_blocks, is_trainable, lent_to, weight_key
 from .capture import Layer
 from .errors import LayerError
 from .layout import declared_layout
@@ -277,7 +277,13 @@ def _unsupported(model: nn.Module, ignore_modules: Sequence[Any]) -> dict[str, s
     for name, module in model.named_modules():
         if is_supported(module) or has_blocks(module) or matches_any(name, module, ignore_modules):
             continue
-        own = [key for key, p in module.named_parameters(recurse=False) if p.requires_grad]
+        # A converted GCNConv lends its bias to its layer.
+        lent = {id(p) for child in module.children() for p in lent_to(child)}
+        own = [
+            key
+            for key, p in module.named_parameters(recurse=False)
+            if p.requires_grad and id(p) not in lent
+        ]
         if isinstance(module, nn.MultiheadAttention):
             found[name] = "its projections are not layers; convert(model) makes them layers"
         elif any(qualified_name(cls) == PYG_LINEAR for cls in type(module).__mro__) and own:

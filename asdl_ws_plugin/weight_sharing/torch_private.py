@@ -112,6 +112,20 @@ def canonical_mask(
     )
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside of what DistributedDataParallel, DataParallel and torch.compile made of it.
+
+    A compiled module has the one it was made of under a private name.
+    """
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
     """Whatever was compiled runs as if it were not."""
@@ -128,19 +142,3 @@ def eagerly() -> Iterator[None]:
             yield
         finally:
             eval_frame._maybe_set_eval_frame = set_callback
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``, in
-    whatever order they are.
-
-    Its layers and Parameters are those of the wrapped model, under the names that checkpoints have.
-    Of a compiled model there is no public way to it.
-    """
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return model

@@ -330,7 +330,7 @@ def test_an_unknown_version_is_refused(tmp_path, version):
 
 def test_the_configuration_is_still_a_dataclass():
     config: Any = FisherConfig("fisher_emp", ["kron"], shared_dim="reduce")
-    assert dataclasses.is_dataclass(config)
+    assert dataclasses.is_dataclass(FisherConfig)
     assert [field.name for field in dataclasses.fields(config)][-1] == "shared_dim"
     assert repr(config).startswith(
         "FisherConfig(fisher_type='fisher_emp'"

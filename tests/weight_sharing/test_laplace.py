@@ -144,6 +144,14 @@ def test_layers_without_kronecker_factors_are_frozen_first() -> None:
 # ------------------------------------------------------------------ the backends of this package
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_layer_of_which_half_is_frozen_is_refused_by_name(part: str) -> None:
+    model, (x, y) = Pooled(), data("classification")
+    getattr(model.second, part).requires_grad_(False)
+    with pytest.raises(ValueError, match=rf"Layer 'second': its {part} is frozen.*or neither"):
+        fit(model, "classification", "kron", x, y, backends.AsdlGGN, shared_dim="reduce")
+
+
 def a_backend(name: str, model: nn.Module, likelihood: str) -> Any:
     model.output_size = C  # type: ignore[assignment]  # what laplace-torch finds out when it fits
     return getattr(backends, name)(model, likelihood)

@@ -174,14 +174,26 @@ def test_a_rule_stands_above_the_module_and_above_sizes():
     )
 
 
-def test_a_square_batch_is_taken_batch_first_with_one_warning():
-    model = Sequence(1)
+@pytest.mark.parametrize("position_dim", [0, 1])
+def test_a_square_batch_is_read_off_the_graph_without_a_warning(position_dim):
+    model = Sequence(position_dim)
     maker = kfac(model, "reduce", data_size=R)
+    x, target = torch.randn(R, R, D), torch.randint(C, (R,))
+    step(maker, F.cross_entropy, target, x)
+    expected = "batch_first" if position_dim else "sequence_first"
+    assert maker.plan.layouts.settled[model.fc1] == expected
+
+
+def test_a_square_batch_is_taken_batch_first_with_one_warning_where_the_graph_says_nothing():
+    model = Sequence(1)
+    nn.init.zeros_(model.head.weight)  # no gradient gets through
+    maker = kfac(model, "reduce", data_size=R, fisher_type="fisher_emp")
     x, target = torch.randn(R, R, D), torch.randint(C, (R,))
     with pytest.warns(UserWarning) as caught:
         step(maker, F.cross_entropy, target, x)
-    (warning,) = caught  # one, for both of the layers that see positions
+    warning = caught[0]  # one, for both of the layers that see positions
     assert "'fc1'" in str(warning.message) and "sequence_first" in str(warning.message)
+    assert sum("sequence_first" in str(other.message) for other in caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(maker, F.cross_entropy, target, x)  # settled: not said again
@@ -189,14 +201,11 @@ def test_a_square_batch_is_taken_batch_first_with_one_warning():
 
 @pytest.mark.parametrize("ambiguous_first", [True, False])
 def test_a_batch_that_contradicts_a_settled_layout_is_an_error(ambiguous_first):
-    model = Sequence(0 if ambiguous_first else 1)
+    model = Sequence(1)
     maker = kfac(model, "reduce")
-    if ambiguous_first:
-        with pytest.warns(UserWarning, match="sequence_first"):
-            step(maker, F.cross_entropy, torch.randint(C, (R,)), torch.randn(R, R, D))
-    else:
-        step(maker, F.cross_entropy, torch.randint(C, (N,)), torch.randn(N, R, D))
-        model.position_dim = 0
+    size = R if ambiguous_first else N
+    step(maker, F.cross_entropy, torch.randint(C, (size,)), torch.randn(size, R, D))
+    model.position_dim = 0
     with pytest.raises(ValueError, match=r"'fc1'.*batch_first as earlier batches.*sequence_first"):
         step(maker, F.cross_entropy, torch.randint(C, (N,)), torch.randn(R, N, D))
 
@@ -378,21 +387,20 @@ def test_windows_of_swin_are_positions_of_their_image(setting):
 @pytest.mark.parametrize(
     "n", [4, 16]
 )  # as many images as windows, as many images as positions of a window
-def test_swin_of_sizes_that_fit_both_layouts_needs_a_declared_one(n):
-    """Where N is a window's size or the feature map's height, one warning, and batch first is
-    right.
+def test_swin_of_sizes_that_fit_both_layouts_is_read_off_the_graph(n):
+    """Where N is a window's size or the feature map's height, batch first is right, and nothing is
+    said.
     """
     model, x, target = small_swin(), torch.randn(n, 3, 16, 16), torch.randint(C, (n,))
-    with pytest.warns(UserWarning, match="sequence_first"):
-        fisher(
-            model,
-            "reduce",
-            sum_loss,
-            target,
-            x,
-            data_size=n,
-            shapes=["kron", (nn.LayerNorm, "unit_wise")],
-        )
+    fisher(
+        model,
+        "reduce",
+        sum_loss,
+        target,
+        x,
+        data_size=n,
+        shapes=["kron", (nn.LayerNorm, "unit_wise")],
+    )
     layer = model.layers[0].blocks[1].attn.qkv
     expected = empirical_factors(
         layer, lambda i: sum_loss(model(x[i : i + 1]), target[i : i + 1]), n, "reduce"
