@@ -285,7 +285,7 @@ class Comparison:
         config, layers = self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
         reading = read(captured, self.plan, config, has_data_size=True)
-        count, evidence = counted(self.plan, layers, captured, reading.source)
+        count, evidence = counted(self.plan, layers, captured)
         self.plan.decide(reading.num_rows, count.num_logits_of_examples)
         outputs = reading.source.logits
         record = live_record(captured.record, layers, outputs, self.plan.layouts.without_batch)

@@ -277,7 +277,7 @@ def _check_masks(calls: Sequence[Arrangement], count: Count) -> None:
         name: mask.mask.shape[1]
         for said in count.positions.values()
         for name, mask in said.masks.items()
-        if name not in used
+        if name not in used and not said.is_guessed
     }
     if unused:
         name, length = next(iter(unused.items()))

@@ -5,7 +5,7 @@ calls it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 
 from .capture import current_record
 from .positions import GRAPH, Positions, make_padding, make_positions, positions_of
-from .ragged import Segments
+from .ragged import Mask, Segments
 from .torch_private import unwrapped
 
 __all__ = ["attach_padding", "attach_segments"]
 
+_AUTO = "auto"
 _ATTACHED = "_weight_sharing_attached"  # the handles of what is attached to a model, by source
 
 
@@ -66,6 +67,10 @@ def attach_padding(
         source: the name of an argument that holds it, where ``attention_mask`` is True (1) for real
             tokens, and any name that ends in ``key_padding_mask`` True for padding, as PyTorch has
             it; or a function of the model's arguments that returns the mask of :func:`padding`.
+            ``'auto'``: whatever arguments look like masks or padded numbers of tokens, ``(N, R)``,
+            also in tuples and dictionaries. Which of them is whose, the autograd graph of the first
+            batch with padding tells: a layer's is the one that leaves out most of its positions,
+            and none that the loss depends on.
 
     An argument that is None says that nothing is padding.
 
@@ -77,7 +82,7 @@ def attach_padding(
             found.
     """
     model = unwrapped(model)
-    if isinstance(source, str):
+    if isinstance(source, str) and source != _AUTO:
         parameters = inspect.signature(model.forward).parameters
         has_keywords = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if source not in parameters and not has_keywords:
@@ -126,7 +131,11 @@ class _PaddingOf:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if current_record() is None:
             return
-        if isinstance(self.source, str):
+        said: Any
+        if self.source == _AUTO:
+            arguments = _Arguments(inspect.signature(module.forward), args, kwargs)
+            said = _masks_of_any(arguments)
+        elif isinstance(self.source, str):
             said = _mask_argument(self.source, inspect.signature(module.forward), args, kwargs)
         else:
             said = self.source(*args, **kwargs)
@@ -156,7 +165,9 @@ def _note(module: nn.Module, positions: Positions) -> None:
     joined: dict[int, Positions] = {}
     for part in module.modules():
         before = record.positions.get(part)
-        if before is None or before is positions_of(part):
+        if before is not None and positions.is_guessed:
+            continue  # it is known
+        if before is None or before is positions_of(part) or before.is_guessed:
             record.positions[part] = positions
         elif before is not positions and not before.equals(positions):
             both = joined.get(id(before)) or before.joined(positions)
@@ -200,6 +211,35 @@ class _Arguments:
                 f"arguments are {', '.join(self.named) or 'none'})."
             )
         return value
+
+
+def _masks_of_any(arguments: _Arguments) -> Positions | None:
+    """Two-dimensional arguments that may be masks, or numbers of tokens of which 0 is padding;
+    ``None`` if there are none.
+    """
+    masks: dict[str, Mask] = {}
+    for name, value in _tensors_of("", arguments.named):
+        if value.ndim != 2:
+            continue
+        real = value != 0
+        if value.is_floating_point() and not bool((real == value).all()):
+            continue  # numbers, not zeros and ones
+        masks[name] = Mask(real)
+        if value.is_floating_point() or value.dtype == torch.bool:
+            masks[f"not {name}"] = Mask(~real)  # 1 may also say that it is padding
+    return Positions(0, masks=masks, is_guessed=True) if masks else None
+
+
+def _tensors_of(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in a nest of containers, by the way to them."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors_of(f"{name}.{key}" if name else str(key), item)
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _tensors_of(f"{name}.{number}", item)
 
 
 def _from_pyg(arguments: _Arguments) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,8 +90,19 @@ def count_examples(layers: list[Layer], book: LayoutBook, captured: Captured) ->
         for module in layer.modules
         if module in record.positions
     }
-    if positions:
-        return _agreed(layers, positions, logits)
+    guessed = {module: said for module, said in positions.items() if said.is_guessed}
+    if len(guessed) < len(positions):
+        said = {module: said for module, said in positions.items() if not said.is_guessed}
+        return _agreed(layers, said, logits)
+    count = _counted_by_sizes(layers, book, captured)
+    return replace(
+        count, positions={module: said.of(count.num_examples) for module, said in guessed.items()}
+    )
+
+
+def _counted_by_sizes(layers: list[Layer], book: LayoutBook, captured: Captured) -> Count:
+    """N where nothing was said of it."""
+    record, logits = captured.record, captured.logits
     sequence_first = _declared_sequence_first(layers, book, record)
     inputs = list(all_sizes(captured.inputs))
     n = infer_num_examples(row_sizes(logits), inputs[0] if inputs else None, sequence_first)

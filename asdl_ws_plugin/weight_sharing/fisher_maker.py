@@ -40,6 +40,7 @@ from .count import Count, count_examples, leading_sizes
 from .joint import joint_curvature
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
+from .logits import SELECT_LOGITS, logits_of
 from .micro_batches import MicroBatches
 from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
@@ -326,6 +327,13 @@ class WeightSharingFisherMaker(FisherMaker):
             observer.loss_scale,
         )
 
+    def call_model(self) -> Any:
+        """ASDL's; logits that nobody selected are what the loss is given of the output."""
+        super().call_model()
+        arguments = [*self._loss_fn_args, *self._loss_fn_kwargs.values()]
+        self._logits = logits_of(self._model_output, self._dummy_logits, arguments)
+        return self._model_output
+
     def call_loss(self) -> Tensor:
         """ASDL's, with the losses of AlgoPerf's workloads understood, too."""
         self._loss, self._num_terms = loss_and_count(super().call_loss())
@@ -339,7 +347,7 @@ class WeightSharingFisherMaker(FisherMaker):
         plan, config, layers = self.plan, self.config, self.plan.layers
         check_captured(captured, config.fisher_type, self.plan)
         reading = read(captured, plan, config, step.has_data_size)
-        count, evidence = counted(plan, layers, captured, reading.source)
+        count, evidence = counted(plan, layers, captured)
         self._decide(reading.num_rows, count.num_logits_of_examples)
         scale_A, scale_B = step.scales(
             reading, count, captured.loss is not None, captured.loss_scale
@@ -521,8 +529,7 @@ def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:
     logits = captured.logits
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The logits have to be a tensor, got {type(logits).__name__}. Select them with "
-            "setup_logits_repr."
+            f"The logits have to be a tensor, got {type(logits).__name__}. {SELECT_LOGITS}"
         )
     check_batch(logits, captured.loss)
     sizes = leading_sizes(captured.inputs)

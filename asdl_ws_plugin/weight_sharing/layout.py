@@ -94,6 +94,7 @@ class Finding:
         role: of ragged rows, the only role that has so many; empty otherwise.
         mask: which padding mask is the layer's.
         settles_mask: whether that is kept for later batches.
+        undecided: the masks between which this batch does not tell.
     """
 
     layout: str = BATCH_FIRST
@@ -104,6 +105,7 @@ class Finding:
     role: str = ""
     mask: MaskOf | None = None
     settles_mask: bool = False
+    undecided: tuple[str, ...] = ()
 
 
 class LayoutBook:
@@ -116,6 +118,7 @@ class LayoutBook:
         without_batch: the calls (layer's module, number) whose input is no batch.
         masks: (module, number of the call) -> which padding mask is its, if its length does not say
             it; ``None``: nothing is padding.
+        looked_at: the names of arguments that were tried as masks, in a batch with padding by them.
         is_probed, num_probes: whether the autograd graph was asked, and how often.
         is_graph: rows of graphs are never read as a fixed number of positions.
         num_terms: how many terms the last loss had.
@@ -128,6 +131,7 @@ class LayoutBook:
         self.roles: dict[tuple[nn.Module, int], str] = {}
         self.without_batch: set[tuple[nn.Module, int]] = set()
         self.masks: dict[tuple[nn.Module, int], MaskOf | None] = {}
+        self.looked_at: set[str] = set()
         self.is_probed = False
         self.num_probes = 0
         self.is_graph = False
@@ -149,6 +153,7 @@ class LayoutBook:
             self.roles[module, call] = finding.role
         if finding.settles_mask:
             self.masks[module, call] = finding.mask
+        self.looked_at -= set(finding.undecided)
         if finding.settles:
             self.settled[module] = finding.layout
         if finding.is_assumed:
@@ -162,10 +167,11 @@ class LayoutBook:
         """A function that takes back what was settled after now."""
         settled, roles, masks = dict(self.settled), dict(self.roles), dict(self.masks)
         without_batch, probes = set(self.without_batch), (self.is_probed, self.num_probes)
+        looked_at = set(self.looked_at)
 
         def restore() -> None:
             self.settled, self.roles, self.masks = settled, roles, masks
-            self.without_batch = without_batch
+            self.without_batch, self.looked_at = without_batch, looked_at
             self.is_probed, self.num_probes = probes
             self._assumed.clear()
 

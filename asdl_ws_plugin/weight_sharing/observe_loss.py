@@ -17,6 +17,7 @@ from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .factors import accumulation_dtype
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY
 from .torch_private import is_called_by_grad_scaler
 
@@ -130,8 +131,10 @@ def loss_and_count(value: Any) -> tuple[Tensor, Tensor | float | None]:
     if isinstance(value, Tensor):
         return value, None
     if isinstance(value, Mapping) and {"summed", "n_valid_examples"} <= value.keys():
-        count = value["n_valid_examples"]
-        return value["summed"] / count, count
+        summed, count = value["summed"], value["n_valid_examples"]
+        if isinstance(count, Tensor):  # its inverse scales factors, whatever it was counted in
+            count = count.to(accumulation_dtype(summed.dtype))
+        return summed / value["n_valid_examples"], count
     if isinstance(value, Mapping):
         found = f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
     elif isinstance(value, (tuple, list)):

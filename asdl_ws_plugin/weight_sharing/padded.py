@@ -54,6 +54,8 @@ def masked(
             if mask.shape[1] == length:
                 return replace(how, ragged=Mask(mask).repeated(times), masks=(settled.name,))
     equal = {name: mask for name, mask in said.masks.items() if mask.mask.shape[1] == length}
+    if said.is_guessed:
+        return _guessed(how, equal, times, loss_sees)
     role = getattr(call.module, "role", None)
     if role in equal:
         equal = {role: equal[role]}
@@ -75,7 +77,7 @@ def _length(how: Arrangement) -> tuple[int, int]:
 
 def _seen_positions(how: Arrangement, touched: Touched | None, length: int) -> Tensor | None:
     """Which positions ``(N, length)`` the loss depends on; ``None``: not known."""
-    if touched is None or touched.is_empty:
+    if touched is None or not bool(touched.by_any.any()):
         return None
     rows = examples_first(touched.by_any.unsqueeze(-1), how.num_examples, how.layout)
     return rows.reshape(how.num_examples, length, -1).any(-1)
@@ -104,6 +106,28 @@ def _of_equal_length(
     finding = replace(how.finding, mask=MaskOf(first), settles_mask=settles)
     ragged = candidates[first].repeated(times)
     return replace(how, finding=finding, ragged=ragged, masks=tuple(candidates))
+
+
+def _guessed(
+    how: Arrangement, masks: dict[str, Mask], times: int, loss_sees: Tensor | None
+) -> Arrangement:
+    """With that of the model's arguments which leaves out most, and nothing that the loss sees.
+
+    Nothing is padding until a batch with padding was looked at.
+    """
+    padded = {name: mask for name, mask in masks.items() if not bool(mask.mask.all())}
+    if loss_sees is None or not padded:
+        return how
+    respected = {name: mask for name, mask in padded.items() if not (loss_sees & ~mask.mask).any()}
+    if not respected:  # these are no masks of this layer; it may have one in a later batch
+        return how
+    fewest = min(mask.num_positions for mask in respected.values())
+    best = {name: mask for name, mask in respected.items() if mask.num_positions == fewest}
+    if _differ([mask.mask for mask in best.values()]):
+        return replace(how, finding=replace(how.finding, undecided=tuple(best)))
+    first = next(iter(best))
+    finding = replace(how.finding, mask=MaskOf(first), settles_mask=True)
+    return replace(how, finding=finding, ragged=best[first].repeated(times), masks=(first,))
 
 
 def _of_other_length(

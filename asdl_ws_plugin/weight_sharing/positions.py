@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,12 +46,15 @@ class Positions:
         num_examples: N, without padding graphs.
         is_inferred: N was read off the largest index, so that there may be more examples without
             rows at the end.
+        is_guessed: the masks are arguments of the model that may be masks. They say nothing of N,
+            and are those of a layer only where the autograd graph agrees.
     """
 
     num_examples: int
     roles: dict[str, Segments] = field(default_factory=dict)
     masks: dict[str, Mask] = field(default_factory=dict)
     is_inferred: bool = False
+    is_guessed: bool = False
 
     def equals(self, other: Positions) -> bool:
         """Whether the same was said."""
@@ -64,6 +67,11 @@ class Positions:
                 torch.equal(mask.mask, other.masks[name].mask) for name, mask in self.masks.items()
             )
         )
+
+    def of(self, num_examples: int) -> Positions:
+        """The masks of so many examples."""
+        masks = {name: mask for name, mask in self.masks.items() if len(mask.mask) == num_examples}
+        return replace(self, num_examples=num_examples, masks=masks)
 
     def joined(self, other: Positions) -> Positions | None:
         """What both say, one of rows and the other of padding; ``None`` if they do not go

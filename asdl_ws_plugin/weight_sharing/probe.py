@@ -25,7 +25,6 @@ from .count import Count, count_examples
 from .evidence import Touched
 from .layout import fits
 from .plan import Plan
-from .read_loss import LossTerms
 from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
 
@@ -40,7 +39,6 @@ def probe(
     plan: Plan,
     layers: Sequence[Layer],
     captured: Captured,
-    terms: LossTerms,
     layout: str | None = None,
 ) -> dict[Key, Touched]:
     """What the logits of examples touch, for each call of each layer that they do.
@@ -57,14 +55,11 @@ def probe(
             calls.append((key, call))
             frames[key] = frame(plan, layer, call, 1)
     logits = captured.logits
-    if not (calls and logits.requires_grad and terms.logits.requires_grad):
+    if not (calls and logits.requires_grad):
         return {}
-    weights = _noise(terms.logits)
-    if terms.weight is not None:
-        weights = weights * (terms.weight != 0)
     by_call = dict(calls)
     cotangents = [
-        (terms.logits, weights),
+        (logits, _of_loss(logits, captured.loss)),
         (logits, _of_example(logits, 0, layout)),
         (logits, _of_example(logits, -1, layout)),
     ]
@@ -85,25 +80,38 @@ def probe(
 
 
 def counted(
-    plan: Plan, layers: Sequence[Layer], captured: Captured, terms: LossTerms
+    plan: Plan, layers: Sequence[Layer], captured: Captured
 ) -> tuple[Count, dict[Key, Touched]]:
     """Stage 3 with the graph's help: N and whose row is whose; and what a probe saw, if this batch
     is probed. What holds for later batches is kept in the plan.
     """
     book = plan.layouts
     count = count_examples(list(layers), book, captured)
-    if book.is_probed or count.num_examples == 1:
+    guesses = _padded_guesses(count)
+    if (book.is_probed and guesses <= book.looked_at) or count.num_examples == 1:
         return count, {}
-    evidence = probe(plan, layers, captured, terms)
+    evidence = probe(plan, layers, captured)
     layout = _layout_of_logits(captured.logits, evidence, count.num_examples)
     if layout is not None:
-        evidence = probe(plan, layers, captured, terms, layout)
+        evidence = probe(plan, layers, captured, layout)
     count = _checked_count(plan, layers, captured, evidence, count)
     book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
+    book.looked_at |= guesses if evidence else set()
     book.num_probes += 1
     is_open = not evidence or any(touched.is_empty for touched in evidence.values())
     book.is_probed = not is_open or book.num_probes >= _MOST_PROBES
     return count, evidence
+
+
+def _padded_guesses(count: Count) -> set[str]:
+    """The names of arguments that may be masks, as far as something is padding by them."""
+    guessed = {id(said): said for said in count.positions.values() if said.is_guessed}
+    return {
+        name
+        for said in guessed.values()
+        for name, mask in said.masks.items()
+        if not bool(mask.mask.all())
+    }
 
 
 def _layout_of_logits(
@@ -181,6 +189,21 @@ def _without_batch(
             if not holds_batch or (touched is not None and touched.is_mixed):
                 found.add(key)
     return found
+
+
+def _of_loss(logits: Tensor, loss: Tensor | None) -> Tensor:
+    """Noise in the rows of the logits that the loss depends on.
+
+    Not the gradient of the loss itself, some of which may cancel out on the way.
+    """
+    weights = _noise(logits)
+    if loss is None or not loss.requires_grad:
+        return weights
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    if grad is None:  # the loss was given something else
+        return weights
+    depends = grad != 0
+    return weights * (depends.any(-1, keepdim=True) if logits.ndim > 1 else depends)
 
 
 def _noise(like: Tensor) -> Tensor:

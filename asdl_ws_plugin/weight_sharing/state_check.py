@@ -75,7 +75,9 @@ def _listed(names: list[str]) -> str:
 def _check_options(maker: Any, state: dict[str, Any]) -> None:
     """What the curvature is of: the Fisher type, an average or not, the layers and strategies."""
     wanted = "setting strategies layouts roles unseen draws fisher_type moving_average"
-    _check_keys("The state's 'weight_sharing'", state, {*wanted.split(), "without_curvature"})
+    _check_keys(
+        "The state's 'weight_sharing'", state, {*wanted.split(), "without_curvature", "graph"}
+    )
     plan, own_type = maker.plan, maker.fisher_maker.config.fisher_type
     if state["fisher_type"] != own_type:
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any
 from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
+from .layout import MaskOf
 from .matrices import corrected, pairs, share_inverses
 
 __all__ = [
@@ -258,8 +259,35 @@ def plan_state(plan: Any, unseen: dict[nn.Module, str]) -> dict[str, Any]:
         "roles": [
             [names[module], call, role] for (module, call), role in plan.layouts.roles.items()
         ],
+        "graph": _graph_state(plan.layouts, names),
         "unseen": {names[module]: reason for module, reason in unseen.items()},
     }
+
+
+def _graph_state(book: Any, names: dict[nn.Module, str]) -> dict[str, Any]:
+    """What the autograd graph was asked, and what it said of masks and of inputs without a
+    batch.
+    """
+    return {
+        "masks": [
+            [names[module], call, None if of is None else list(of)]
+            for (module, call), of in book.masks.items()
+        ],
+        "without_batch": sorted([names[module], call] for module, call in book.without_batch),
+        "looked_at": sorted(book.looked_at),
+        "is_probed": book.is_probed,
+        "num_probes": book.num_probes,
+    }
+
+
+def _load_graph_state(book: Any, modules: dict[str, nn.Module], state: dict[str, Any]) -> None:
+    book.masks = {
+        (modules[name], call): None if of is None else MaskOf(*of)
+        for name, call, of in state["masks"]
+    }
+    book.without_batch = {(modules[name], call) for name, call in state["without_batch"]}
+    book.looked_at = set(state["looked_at"])
+    book.is_probed, book.num_probes = state["is_probed"], state["num_probes"]
 
 
 def load_plan_state(plan: Any, state: dict[str, Any]) -> dict[nn.Module, str]:
@@ -268,4 +296,6 @@ def load_plan_state(plan: Any, state: dict[str, Any]) -> dict[nn.Module, str]:
     plan.setting = state["setting"]
     plan.layouts.settled = {modules[name]: layout for name, layout in state["layouts"].items()}
     plan.layouts.roles = {(modules[name], call): role for name, call, role in state["roles"]}
+    if "graph" in state:
+        _load_graph_state(plan.layouts, modules, state["graph"])
     return {modules[name]: reason for name, reason in state["unseen"].items()}

@@ -24,7 +24,9 @@ def main(epochs: int = 4, seed: int = 0) -> list[float]:
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32) / 8 - 1
     loader = DataLoader(TensorDataset(x, torch.tensor(labels)), batch_size=32, shuffle=True)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -23,8 +23,12 @@ class GIN(nn.Module):
 
     def __init__(self, features: int = 6, width: int = 32, classes: int = 3) -> None:
         super().__init__()
-        self.first = GINConv(nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width)))
-        self.second = GINConv(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)))
+        self.first = GINConv(
+            nn.Sequential(nn.Linear(features, width), nn.ReLU(), nn.Linear(width, width))
+        )
+        self.second = GINConv(
+            nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        )
         self.head = nn.Linear(width, classes)
 
     def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor, num_graphs: int) -> Tensor:

@@ -110,7 +110,9 @@ def main(steps: int = 60, causal: bool = False, seed: int = 0) -> list[float]:
             "seed": seed,
         }
         trainer = Trainer(
-            model, TrainingArguments(**arguments), train_dataset=Sentences(512, causal),
+            model,
+            TrainingArguments(**arguments),
+            train_dataset=Sentences(512, causal),
             optimizers=(optimizer, None),
         )
         trainer.train()

@@ -16,7 +16,7 @@ ALL = sorted(ROOT.rglob("*.py"))
 
 # The core's floors, the lowest first: a file imports files of lower floors only.
 FLOORS = [
-    {"_version", "_warn", "errors", "names", "nvtx", "shapes", "torch_private"},
+    {"_version", "_warn", "errors", "logits", "names", "nvtx", "shapes", "torch_private"},
     {"blocks", "factors", "lineage"},
     {"capture", "matrices", "ragged", "registry"},
     {"likelihoods", "operations", "positions", "rules", "subclasses"},
