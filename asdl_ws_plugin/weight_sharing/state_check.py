@@ -78,8 +78,6 @@ def _check_options(maker: Any, state: dict[str, Any]) -> None:
     _check_keys(
         "The state's 'weight_sharing'", state, {*wanted.split(), "without_curvature", "graph"}
     )
-        "The state's 'weight_sharing'", state, {*wanted.split(), "without_curvature", "graph"}
-    )
     plan, own_type = maker.plan, maker.fisher_maker.config.fisher_type
     if state["fisher_type"] != own_type:
         raise ValueError(
