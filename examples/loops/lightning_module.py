@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 import warnings
 
-from asdl_ws_plugin._torchvision import make_importable
-
-make_importable()  # lightning imports torchvision, of which a CPU build may lack the operators
-
-import lightning
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import asdl_ws_plugin
+
+asdl_ws_plugin.mend_torchvision()  # lightning imports it; beside a CPU build it may lack operators
+
+import lightning  # noqa: E402
 
 
 class Classifier(lightning.LightningModule):

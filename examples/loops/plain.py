@@ -2,8 +2,8 @@
 
     python examples/loops/plain.py
 
-Three lines are more than without: one that creates the preconditioner, one that says which optimizer
-it belongs to, and none inside of the loop.
+Three lines are more than without: attention becomes visible, the preconditioner is created and told
+which optimizer it belongs to. The loop itself is as it was.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import asdl_ws_plugin
-from asdl_ws_plugin._torchvision import make_importable
 
-make_importable()  # transformers imports torchvision, which a CPU build may lack operators for
+# transformers imports torchvision, which may lack operators beside a CPU build of torch
+asdl_ws_plugin.mend_torchvision()
 
 from transformers import (  # noqa: E402
     BertConfig,

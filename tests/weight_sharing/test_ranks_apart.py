@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from oracles.processes import on_ranks
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 import asdl_ws_plugin  # noqa: F401  (shared_dim)
 
@@ -73,7 +73,7 @@ def wrapped(rank: int, world: int, kind: str) -> list[Any]:
     model_fn: Any = model
     if kind != "plain":
         views = {"gradient_as_bucket_view": kind == "views"}
-        ddp = DDP(model, **views)
+        ddp = DistributedDataParallel(model, **views)
         model_fn = (lambda x: ddp(x)) if kind == "lambda" else ddp
     maker, history = make(model), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -92,7 +92,7 @@ def wrapped(rank: int, world: int, kind: str) -> list[Any]:
 def static_graph(rank: int, world: int) -> str:
     model = network()
     try:
-        make_step(make(model), DDP(model, static_graph=True), *batch(0))
+        make_step(make(model), DistributedDataParallel(model, static_graph=True), *batch(0))
     except ValueError as error:
         return str(error)
     return ""
@@ -101,7 +101,7 @@ def static_graph(rank: int, world: int) -> str:
 def wrapper_restored(rank: int, world: int) -> bool:
     """Outside of the gradient maker's steps, the wrapper averages as ever."""
     model = network()
-    ddp = DDP(model)
+    ddp = DistributedDataParallel(model)
     maker = make(model)
     make_step(maker, ddp, *(t[rank::world] for t in batch(0)))
     model.zero_grad()
@@ -237,7 +237,7 @@ class Interruptible(nn.Module):
 def failure(rank: int, world: int, kind: str, at: int, wrap: bool) -> dict[str, Any]:
     """Rank 1 fails in a step; both train on, and what they have in the end is the same."""
     model = nn.Sequential(network(), Interruptible())
-    model_fn = DDP(model) if wrap else model
+    model_fn = DistributedDataParallel(model) if wrap else model
     maker = make(model, curvature_upd_interval=2, preconditioner_upd_interval=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     told = ""
