@@ -53,7 +53,6 @@ def test_the_page_has_what_the_package_says(refusals: ModuleType) -> None:
     for text in (
         "Use checkpoint(..., use_reentrant=False).",
         "There are no Kronecker factors in",
-        "Distributed training needs the moving average",
     ):
         assert text in page
     assert page.count("|---|---|---|") == 4

@@ -33,7 +33,7 @@ from .blocks import LinearBlock, input_group, lent_to, parameters_of
 from .capped import capped, identity
 from .capture import Call, Layer, Record, last_nodes
 from .errors import LayerError, LayerRuntimeError
-from .operations import _Expand
+from .operations import ExpandFactors
 from .plan import Plan
 from .ragged import Mask, Segments
 from .send_back import receiving, send_back
@@ -120,7 +120,7 @@ class Batch:
             calls = self.record.calls.get(layer.module)
             if calls is None or layer.shape not in (SHAPE_KRON, SHAPE_SWIFT_KRON):
                 continue
-            if not isinstance(self.context.get_operation(layer.module), _Expand):
+            if not isinstance(self.context.get_operation(layer.module), ExpandFactors):
                 continue
             weight: Any = layer.module.weight
             ragged = self.arranged[layer.module].ragged

@@ -315,7 +315,7 @@ class WeightSharing(TrainingOptions):
         """
         config = self.training
         if config is not None and config.relative_damping and not args and not kwargs:
-            self._report_zero(self._update_relative_inverses())
+            self._report_zero(self.update_relative_inverses())
             return
         named = [(layer.name, layer.module) for layer in self.plan.layers] + [
             ("the model", self.model)

@@ -33,6 +33,7 @@ __all__ = [
     "Conv2dExpand",
     "Conv2dReduce",
     "Embedding",
+    "ExpandFactors",
     "LayerNorm",
     "LinearExpand",
     "LinearReduce",
@@ -154,7 +155,7 @@ class _SumOverPositions(WeightSharingOperation):
         return self.cov_kron_B(module, out_grads)
 
 
-class _Expand:
+class ExpandFactors:
     """K-FAC-expand, eq. 3.7."""
 
     def ragged_in_data(self, in_data: Tensor, ragged: Ragged) -> tuple[Tensor, float]:
@@ -166,14 +167,17 @@ class _Expand:
         return ragged.rows(in_data).unsqueeze(0), float(ragged.num_examples)
 
     def ragged_out_grads(self, out_grads: Tensor, ragged: Ragged) -> Tensor:
+        """What B is computed from where R_n differs by example (section 3.4)."""
         return ragged.rows(out_grads).unsqueeze(0) if self._only_kron() else ragged.pad(out_grads)
 
     @staticmethod
     def cov_kron_A(module: Any, in_data: Tensor) -> Tensor:
+        """A of eq. 3.7, ``(P, P)``."""
         return factors.expand_factor_A(in_data)
 
     @staticmethod
     def cov_kron_B(module: Any, out_grads: Tensor) -> Tensor:
+        """B of eq. 3.7, ``(Q, Q)``."""
         return factors.expand_factor_B(out_grads)
 
 
@@ -198,7 +202,7 @@ class _Reduce:
         return factors.reduce_factor_B(out_grads)
 
 
-class LinearExpand(_Expand, _SumOverPositions, upstream.Linear):
+class LinearExpand(ExpandFactors, _SumOverPositions, upstream.Linear):
     """K-FAC-expand for ``nn.Linear``. in_data: ``N x R x f_in``; out_grads: ``N x R x f_out``."""
 
     shares_A = True
@@ -255,7 +259,7 @@ class _Conv2d(_SumOverPositions, upstream.Conv2d):
         return torch.cat([_SumOverPositions.cov_unit_wise(module, a, b) for a, b in groups])
 
 
-class Conv2dExpand(_Expand, _Conv2d):
+class Conv2dExpand(ExpandFactors, _Conv2d):
     """K-FAC-expand for ``nn.Conv2d`` (which is ASDL's K-FAC for convolutions)."""
 
 

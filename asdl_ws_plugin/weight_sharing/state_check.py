@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .blocks import parameters_of
 from .capture import Layer
+from .errors import LayerError
 from .state_dict import VERSION, check_sizes
 
 __all__ = ["check_state"]
@@ -102,10 +103,8 @@ def _check_options(maker: Any, state: dict[str, Any]) -> None:
     for name, strategy in own.items():
         found = strategies[name]
         if None not in (found, strategy) and found != strategy:
-            raise ValueError(
-                f"Layer '{name}': the state has its curvature under '{found}', not under "
-                f"'{strategy}'."
-            )
+            reason = f"the state has its curvature under '{found}', not under '{strategy}'"
+            raise LayerError(name, reason)
     modules = dict(maker.model.named_modules())
     named = [*state["layouts"], *(name for name, _, _ in state["roles"]), *state["unseen"]]
     if unknown := sorted({name for name in named if name not in modules}):

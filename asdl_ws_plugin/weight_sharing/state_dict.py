@@ -166,7 +166,7 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
         if rank == maker.world_rank and (matrix := maker._get_module_fisher(module)) is not None
     ]
     if getattr(maker.config, "relative_damping", False):
-        maker._update_relative_inverses()
+        maker.update_relative_inverses()
         return
     share_inverses(matrices)
     for _, matrix in matrices:
@@ -180,13 +180,13 @@ def training_state(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str
     """
     names = {module: name for name, module in maker.model.named_modules()}
     return {
-        "last_update": dict(maker._last_update),
+        "last_update": dict(maker.last_update),
         "updates": {
             names[module]: matrix.updates
             for module, matrix in matrices.items()
             if hasattr(matrix, "updates")
         },
-        "trust": maker._trust.state_dict(names),
+        "trust": maker.step_trust.state_dict(names),
     }
 
 
@@ -195,10 +195,10 @@ def load_training_state(
 ) -> None:
     """The inverse of :func:`training_state`, for curvature that was loaded."""
     modules = dict(maker.model.named_modules())
-    maker._last_update = dict(state["last_update"])
+    maker.last_update = dict(state["last_update"])
     for name, updates in state["updates"].items():
         matrices[modules[name]].updates = updates
-    maker._trust.load_state_dict(state["trust"], modules)
+    maker.step_trust.load_state_dict(state["trust"], modules)
 
 
 def check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .torch_private import foreach_mul_, foreach_norm
+
 __all__ = ["clipped", "grafted"]
 
 # Gradients are asked for again afterwards: ranks may have exchanged the tensors.
@@ -16,7 +18,7 @@ Grads = Callable[[], list[Tensor]]
 
 def _norms(grads: list[Tensor]) -> list[Tensor]:
     dtype = torch.promote_types(torch.float32, grads[0].dtype)  # squares of halves overflow
-    return list(torch._foreach_norm(grads, 2, dtype=dtype))
+    return list(foreach_norm(grads, 2, dtype=dtype))
 
 
 @contextlib.contextmanager
@@ -35,7 +37,7 @@ def grafted(grads: Grads) -> Iterator[None]:
         torch.where(new > 0, old / new, 0.0)
         for old, new in zip(before, _norms(changed), strict=True)
     ]
-    torch._foreach_mul_(changed, factors)
+    foreach_mul_(changed, factors)
 
 
 @contextlib.contextmanager
@@ -55,4 +57,4 @@ def clipped(grads: Grads, bound: float, learning_rate: float) -> Iterator[None]:
     products = [(old.double() * new).sum() for old, new in zip(raw, changed, strict=True)]
     total = learning_rate**2 * torch.stack(products).sum()
     factor = torch.where(total > bound, (bound / total).sqrt(), 1.0)
-    torch._foreach_mul_(changed, [factor] * len(changed))
+    foreach_mul_(changed, [factor] * len(changed))

@@ -23,6 +23,8 @@ __all__ = [
     "base_of",
     "canonical_mask",
     "eagerly",
+    "foreach_mul_",
+    "foreach_norm",
     "function_modes",
     "has_global_hooks",
     "has_own_hooks",
@@ -39,6 +41,10 @@ __all__ = [
     "unwrapped",
     "version_of",
 ]
+
+# Many tensors in one call, as torch's own optimizers and clip_grad_norm_ have it.
+foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
 
 # The class of all batch normalization; the public ones have no base class but this.
 AnyBatchNorm = _BatchNorm

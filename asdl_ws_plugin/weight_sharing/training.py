@@ -38,11 +38,12 @@ class TrainingOptions(NaturalGradientMaker):
     _own_config: PreconditioningConfig
 
     @functools.cached_property
-    def _trust(self) -> StepTrust:
+    def step_trust(self) -> StepTrust:
+        """Each layer's damping, as the optimizer's last step tells it."""
         return StepTrust()
 
     @functools.cached_property
-    def _last_update(self) -> dict[str, int]:
+    def last_update(self) -> dict[str, int]:
         """The steps of the last updates of curvature and inverses."""
         return {}
 
@@ -80,21 +81,21 @@ class TrainingOptions(NaturalGradientMaker):
         step = self.state["step"] if step is None else step
         if step < getattr(self.config, f"{what}_warmup_steps"):
             return True
-        return is_due(step, self._last_update.get(what), interval, self.config.early_updates)
+        return is_due(step, self.last_update.get(what), interval, self.config.early_updates)
 
     @contextlib.contextmanager
     def _noting_updates(self) -> Iterator[None]:
         """Around a step: it is the last one that made the updates it makes, if it does not fail."""
-        step, last = self.state["step"], dict(self._last_update)
+        step, last = self.state["step"], dict(self.last_update)
         due = {
             "curvature": self.do_update_curvature(step),
             "preconditioner": self.do_update_preconditioner(step),
         }
-        self._last_update.update({what: step for what, is_due in due.items() if is_due})
+        self.last_update.update({what: step for what, is_due in due.items() if is_due})
         try:
             yield
         except BaseException:
-            self._last_update = last
+            self.last_update = last
             raise
 
     # ------------------------------------------------------------------------------------ curvature
@@ -114,7 +115,7 @@ class TrainingOptions(NaturalGradientMaker):
             kwargs["scale"] = self.scale
         return super().delegate_forward_and_backward(other, *args, **kwargs)
 
-    def _update_relative_inverses(self) -> list[tuple[str, SymMatrix]]:
+    def update_relative_inverses(self) -> list[tuple[str, SymMatrix]]:
         """The inverses of all layers that are this rank's; returns their curvature."""
         owned = [
             layer
@@ -144,7 +145,7 @@ class TrainingOptions(NaturalGradientMaker):
         """Of a layer, or of the model with the full Fisher, where there is no step of a layer."""
         config = self.config
         if config.trust is not None and module is not self.model:
-            return self._trust.damping(module, matrix, config.damping, config.trust)
+            return self.step_trust.damping(module, matrix, config.damping, config.trust)
         like = tensors(matrix)[0]
         return torch.full((), config.damping, dtype=like.dtype, device=like.device)
 
@@ -157,7 +158,7 @@ class TrainingOptions(NaturalGradientMaker):
         if config is None:
             yield
             return
-        self._trust.measure()
+        self.step_trust.measure()
         with contextlib.ExitStack() as stack:
             if config.graft:
                 stack.enter_context(grafted(self._layer_grads))
@@ -170,7 +171,7 @@ class TrainingOptions(NaturalGradientMaker):
         if config.trust is not None and (
             self.do_update_preconditioner(step) or self.do_update_curvature(step)
         ):
-            self._trust.note(layer.module for layer in self.plan.layers)
+            self.step_trust.note(layer.module for layer in self.plan.layers)
 
     def _layer_grads(self) -> list[Tensor]:
         """The gradients of all layers that are preconditioned."""

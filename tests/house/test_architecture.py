@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "upstream": {"weight_sharing", "makers", "upstream"},
     "operations": {"weight_sharing"},
     "kronecker": {"weight_sharing"},
-    "laplace": set[str](),
+    "laplace": {"weight_sharing"},
 }
 
 
