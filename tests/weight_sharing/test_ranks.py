@@ -58,8 +58,9 @@ class Graph(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.node, self.head = asdl_ws_plugin.WeightSharingLinear(D, 5), nn.Linear(5, C)
-        self.node.role = "node"  # a part may have as many nodes as graphs
+        # A part may have as many nodes as graphs.
+        self.node = asdl_ws_plugin.WeightSharingLinear(D, 5, role="node")
+        self.head = asdl_ws_plugin.WeightSharingLinear(5, C, role="graph")
 
     def forward(self, x: Tensor, index: Tensor, n: int) -> Tensor:
         h = torch.tanh(self.node(x))
