@@ -171,14 +171,7 @@ def remove_function_mode(mode: TorchFunctionMode) -> None:
     """Take a mode off the stack wherever it is there: others may have been entered since, and
     ``__exit__`` would take off the uppermost.
     """
-    above = []
-    while overrides._len_torch_function_stack():
-        top = overrides._pop_mode()
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        overrides._push_mode(other)
+    set_function_modes([other for other in function_modes() if other is not mode])
 
 
 def remove_forward_hooks(module: nn.Module, are_wanted: Callable[[Any], bool]) -> None:
