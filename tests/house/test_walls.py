@@ -62,7 +62,7 @@ FLOORS = [
     {"output_grads", "padded", "plan", "state_check"},
     {"arrange", "joint", "reading", "unseen"},
     {"batch", "place", "probe"},
-    {"commit", "operate"},
+    {"commit", "forgotten", "operate"},
     {"fisher_maker"},
     {"grad_maker"},
 ]
