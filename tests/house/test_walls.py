@@ -34,7 +34,7 @@ FLOORS = [
         "training_config",
         "trust",
     },
-    {"capture", "factors", "matrices", "registry", "step_length"},
+    {"capture", "factors", "matrices", "registry", "second_moments", "step_length"},
     {
         "likelihoods",
         "live",
