@@ -34,7 +34,7 @@ FLOORS = [
         "training_config",
         "trust",
     },
-    {"factors", "lineage", "matrices", "registry", "step_length"},
+    {"factors", "lineage", "matrices", "registry", "second_moments", "step_length"},
     {"capture"},
     {
         "likelihoods",
