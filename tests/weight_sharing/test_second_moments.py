@@ -466,5 +466,5 @@ def test_vectors_other_than_gradients_are_refused():
     maker = maker_of(model)
     step(maker, model, seed=0)
     vectors = asdl.ParamVector(model.parameters(), [torch.ones_like(p) for p in model.parameters()])
-    with pytest.raises(NotImplementedError, match="gradients in .grad alone"):
+    with pytest.raises(NotImplementedError, match=r"gradients in \.grad alone"):
         maker.precondition(vectors=vectors)
