@@ -53,6 +53,7 @@ from .ranks import RankFailure, Ranks, Share, unsynchronized
 from .reading import read_loss
 from .registry import supported_classes
 from .rules import matches_any
+from .shapes import KRONECKER
 from .state_check import check_state
 from .state_dict import (
     load_plan_state,
@@ -431,6 +432,10 @@ class WeightSharing(TrainingOptions):
         gradient.
         """
         given = vectors is not None or vec_weight is not None
+        if shape in KRONECKER and getattr(self.config, "second_moment", None) is not None:
+            scale = self.grad_scale if grad_scale is None else grad_scale
+            self.divide_by_second_moments(self.plan.layer_of(module), scale, given)
+            return
         matrix = self._get_module_fisher(module)
         if module in self.fisher_maker.unseen or matrix is None or not is_of(matrix, module):
             return
