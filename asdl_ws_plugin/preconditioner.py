@@ -24,12 +24,13 @@ from .weight_sharing.capture import Captured, Record
 from .weight_sharing.fisher_maker import recording_of
 from .weight_sharing.observe_loss import LossObserver
 from .weight_sharing.torch_private import remove_function_mode, unwrapped
+from .weight_sharing.training_config import TrainingConfig, recommended
 
 __all__ = ["Preconditioner"]
 
 logger = logging.getLogger("asdl_ws_plugin")
 
-_CONFIG_FIELDS = {field.name for field in dataclasses.fields(asdl.PreconditioningConfig)}
+_CONFIG_FIELDS = {field.name for field in dataclasses.fields(TrainingConfig)}
 
 
 @dataclasses.dataclass
@@ -59,7 +60,7 @@ class Preconditioner:
 
     It takes three lines::
 
-        prec = asdl_ws_plugin.Preconditioner(model, damping=1e-3)
+        prec = asdl_ws_plugin.Preconditioner(model)
         for x, y in loader:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
@@ -74,13 +75,15 @@ class Preconditioner:
 
     Args:
         model: the model, or its DistributedDataParallel or compiled wrapper: what the loop calls.
-        config: the schedule, damping and average, an :class:`asdl.PreconditioningConfig`. In its
-            place, its fields may be given as keywords, as in ``damping=1e-3`` (λ).
+        config: the schedule, damping and average; by default the preset,
+            :func:`~asdl_ws_plugin.recommended`. An :class:`asdl.PreconditioningConfig` is ASDL's
+            own way: its defaults, and nothing of the preset.
         maker: the class of the gradient maker underneath.
         logits: a function of the model's output that selects the logits. By default they are the
             output, its ``logits``, or its first tensor.
         statistics: whether :attr:`last_step` is filled in, and logged.
-        **options: fields of the configuration, and options of the gradient maker: ``shared_dim``,
+        **options: fields of a :class:`~asdl_ws_plugin.TrainingConfig` in the place of the
+            preset's, as in ``damping=1e-2``, and options of the gradient maker: ``shared_dim``,
             ``fisher_type``, ``loss_type``, ...
 
     Attributes:
@@ -96,7 +99,7 @@ class Preconditioner:
     >>> import asdl_ws_plugin, torch
     >>> import torch.nn.functional as F
     >>> model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
-    >>> prec = asdl_ws_plugin.Preconditioner(model, damping=1e-3)
+    >>> prec = asdl_ws_plugin.Preconditioner(model)
     >>> loss = F.cross_entropy(model(torch.randn(16, 6)), torch.randint(0, 4, (16,)))
     >>> prec.backward(loss)
     >>> prec.maker.setting
@@ -117,7 +120,7 @@ class Preconditioner:
         if config is not None and fields:
             raise TypeError(f"Give {', '.join(sorted(fields))} in the config, or no config.")
         if config is None:
-            config = asdl.PreconditioningConfig(**{**_DEFAULTS, **fields})
+            config = recommended(**fields)
         self.model = model
         self.maker = maker(unwrapped(model), config, **options)
         self.enabled = True
@@ -446,15 +449,6 @@ class Preconditioner:
         }
         self._seconds = {}
         logger.info("step %d: %s", step, self.last_step)
-
-
-# What a loop gets that asks for nothing else.
-_DEFAULTS: dict[str, Any] = {
-    "damping": 1e-3,
-    "ema_decay": 0.05,
-    "curvature_upd_interval": 5,
-    "preconditioner_upd_interval": 20,
-}
 
 
 def _tensors(output: Any) -> list[Tensor]:

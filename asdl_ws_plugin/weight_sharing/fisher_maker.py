@@ -37,6 +37,7 @@ from .capture import Captured, Record, recording
 from .commit import commit, commit_products, invert, matrices_of
 from .copying import set_state, state_of
 from .count import Count, count_examples, leading_sizes
+from .forgotten import ForgottenPadding
 from .joint import joint_curvature
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
@@ -230,6 +231,7 @@ class WeightSharingFisherMaker(FisherMaker):
         self.place = ""
         self.share = Share()
         self._unseen_report = UnseenReport(self.plan)
+        self._forgotten = ForgottenPadding()
 
     def __getstate__(self) -> dict[str, Any]:
         return state_of(self)
@@ -354,6 +356,8 @@ class WeightSharingFisherMaker(FisherMaker):
         )
         record = self._live(captured, reading)
         arranged = arrange(plan, layers, record, count, evidence)
+        captured = replace(captured, record=record)
+        self._forgotten.look(layers, captured, reading, count, arranged, evidence)
         batch = Batch(
             self.model,
             plan,
@@ -366,7 +370,6 @@ class WeightSharingFisherMaker(FisherMaker):
             step.vec,
         )
         scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
-        captured = replace(captured, record=record)
         operate(
             batch,
             captured,

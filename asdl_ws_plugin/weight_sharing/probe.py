@@ -28,7 +28,7 @@ from .plan import Plan
 from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
 
-__all__ = ["counted", "probe"]
+__all__ = ["counted", "probe", "touched_by_loss"]
 
 _MOST_PROBES = 3  # a model's head may be initialised with zeros, through which nothing is seen
 
@@ -47,36 +47,42 @@ def probe(
         layout: of the logits. ``None``: not known; single rows of them are looked at, which are of
             the first and of the last example in any layout.
     """
-    calls: list[tuple[Key, Call]] = []
-    frames: dict[Key, Arrangement] = {}
-    for layer in layers:
-        for call in captured.record.calls.get(layer.module, ()):
-            key = layer.module, call.index
-            calls.append((key, call))
-            frames[key] = frame(plan, layer, call, 1)
     logits = captured.logits
-    if not (calls and logits.requires_grad):
-        return {}
-    by_call = dict(calls)
-    cotangents = [
-        (logits, _of_loss(logits, captured.loss)),
-        (logits, _of_example(logits, 0, layout)),
-        (logits, _of_example(logits, -1, layout)),
-    ]
-    try:
-        passes = [
-            _touched(outputs, cotangent, calls, by_call, frames)
-            for outputs, cotangent in cotangents
-        ]
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        return {}  # reentrant checkpoints have a graph for a whole backward pass only
+    by_call = {
+        (layer.module, call.index): (call, frame(plan, layer, call, 1))
+        for layer in layers
+        for call in captured.record.calls.get(layer.module, ())
+    }
+    passes = _passes(
+        by_call,
+        [
+            (logits, _of_loss(logits, captured.loss)),
+            (logits, _of_example(logits, 0, layout)),
+            (logits, _of_example(logits, -1, layout)),
+        ],
+    )
     return {
         key: Touched(*(found[key] for found in passes))
         for key in by_call
-        if all(key in found for found in passes)
+        if passes and all(key in found for found in passes)
     }
+
+
+def touched_by_loss(
+    layers: Sequence[Layer], captured: Captured, frames: Sequence[tuple[Key, Arrangement]]
+) -> dict[Key, Tensor]:
+    """The rows of these calls that the terms of the loss touch, booleans of their leading sizes."""
+    by_call = {
+        (layer.module, call.index): call
+        for layer in layers
+        for call in captured.record.calls.get(layer.module, ())
+    }
+    logits = captured.logits
+    passes = _passes(
+        {key: (by_call[key], how) for key, how in frames},
+        [(logits, _of_loss(logits, captured.loss))],
+    )
+    return passes[0] if passes else {}
 
 
 def counted(
@@ -222,21 +228,35 @@ def _of_example(logits: Tensor, which: int, layout: str | None) -> Tensor:
     return found
 
 
+def _passes(
+    calls: Mapping[Key, tuple[Call, Arrangement]], sent: Sequence[tuple[Tensor, Tensor]]
+) -> list[dict[Key, Tensor]]:
+    """Which rows of each call's output get a gradient, for each pair of outputs and cotangents;
+    nothing if no graph can be asked.
+    """
+    if not (calls and all(outputs.requires_grad for outputs, _ in sent)):
+        return []
+    try:
+        return [_touched(outputs, cotangent, calls) for outputs, cotangent in sent]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        return []  # reentrant checkpoints have a graph for a whole backward pass only
+
+
 def _touched(
-    outputs: Tensor,
-    cotangent: Tensor,
-    calls: Sequence[tuple[Key, Call]],
-    by_call: Mapping[Key, Call],
-    frames: Mapping[Key, Arrangement],
+    outputs: Tensor, cotangent: Tensor, calls: Mapping[Key, tuple[Call, Arrangement]]
 ) -> dict[Key, Tensor]:
     """Which rows of each call's output get a gradient, ``sizes``, by call."""
     found: dict[Key, Tensor] = {}
 
     def receive(key: Any, grad: Tensor | None) -> None:
         if grad is not None:
-            rows = frames[key].features_last(grad.detach().reshape(by_call[key].out_shape))
+            call, how = calls[key]
+            rows = how.features_last(grad.detach().reshape(call.out_shape))
             found[key] = (rows != 0).any(-1)
 
-    last = last_nodes(outputs, {call.edge.node for _, call in calls})
-    send_back(outputs, cotangent, calls, receive, last, retain_graph=True)
+    stops = [(key, call) for key, (call, _) in calls.items()]
+    last = last_nodes(outputs, {call.edge.node for _, call in stops})
+    send_back(outputs, cotangent, stops, receive, last, retain_graph=True)
     return found

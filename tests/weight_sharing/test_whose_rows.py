@@ -6,6 +6,12 @@ inputs where a loop cannot have them.
 
 from __future__ import annotations
 
+import types
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +198,101 @@ def test_a_layer_called_on_the_batch_and_on_constants(shared_dim: str):
     )
     assert_factors(model.key, expected)
     assert "key" not in maker.plan.skipped
+
+
+# ------------------------------------------------------------------- one object holds the inputs
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+
+
+@dataclass(slots=True)
+class Slots:
+    x: Tensor
+
+
+class Outer:
+    """Holds the inputs two attributes deep, and itself."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.inner, self.name = {"store": [types.SimpleNamespace(x=x)]}, "batch"
+        self.itself = self
+
+    @property
+    def x(self) -> Tensor:
+        return self.inner["store"][0].x
+
+
+def data(x: Tensor) -> Any:
+    return pytest.importorskip("torch_geometric.data").Data(x=x)
+
+
+def batch_of_graphs(x: Tensor) -> Any:
+    """Each node is a graph of its own."""
+    geometric = pytest.importorskip("torch_geometric.data")
+    return geometric.Batch.from_data_list([geometric.Data(x=row[None]) for row in x])
+
+
+@STRATEGIES
+@pytest.mark.parametrize(
+    "wrap", [data, batch_of_graphs, Inputs, Slots, Outer, lambda x: UserDict(x=x)]
+)
+def test_the_tensors_of_an_object_are_followed_as_if_they_were_arguments(
+    shared_dim: str, wrap: Callable[[Tensor], Any]
+):
+    """Else a constant with as many rows as there are examples is taken for a batch."""
+
+    class Net(Positions):
+        def forward(self, held: Any) -> Tensor:
+            return super().forward(held["x"] if isinstance(held, UserDict) else held.x)
+
+    model, x, y = Net(N, True), torch.randn(N, D), torch.randint(C, (N,))
+    maker = fisher(model, shared_dim, ce, y, wrap(x))
+    assert not hasattr(model.pos, "fisher")
+    assert "the same for every example" in maker.plan.skipped["pos"]
+    plain = Positions.forward
+    for layer in (model.inp, model.head):
+        expected = empirical_factors(
+            layer, lambda n: ce(plain(model, x[n : n + 1]), y[n : n + 1]), N, shared_dim
+        )
+        assert_factors(layer, expected)
+
+
+def test_an_object_with_tokens_says_how_many_examples_flattened_logits_are_of():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.head = nn.Linear(D, 6), nn.Linear(6, C)
+
+        def forward(self, held: Inputs) -> Tensor:
+            return self.head(torch.tanh(self.inp(held.x)).flatten(0, 1))
+
+    model, x, y = Net(), torch.randn(N, R, D), torch.randint(C, (N, R))
+    fisher(model, "reduce", lambda z, t: F.cross_entropy(z, t.flatten()), y, Inputs(x), data_size=N)
+    for layer in (model.inp, model.head):
+        expected = empirical_factors(
+            layer,
+            lambda n: F.cross_entropy(model(Inputs(x[n : n + 1])), y[n], reduction="sum"),
+            N,
+            "reduce",
+        )
+        assert_factors(layer, expected)
+
+
+def test_what_an_object_hides_is_not_taken_for_constant():
+    """Arrays are no tensors: nothing is known of what is made of them, and sizes decide."""
+
+    class Net(Positions):
+        def forward(self, held: Any) -> Tensor:
+            self.constant = torch.from_numpy(held.array)
+            return super().forward(held.x)
+
+    model, x, y = Net(N, False), torch.randn(N, D), torch.randint(C, (N,))
+    array = torch.randn(N, 2).numpy()
+    fisher(model, "expand", ce, y, types.SimpleNamespace(x=x, array=array))
+    assert hasattr(model.pos, "fisher")
 
 
 # --------------------------------------------------------------------- calls that nothing reaches
