@@ -92,6 +92,21 @@ class SecondMoments:
         self._bases[layer] = bases
 
     @torch.no_grad()
+    def precondition(self, layer: Any, decay: float, scale: float) -> None:
+        """Divide the gradients of a layer, in place, and multiply them by ``scale``.
+
+        A weight that several modules hold has one moment, and every bias its own.
+        """
+        parameters = {f"{layer.name}.weight": layer.module.weight}
+        for name, module in [(layer.name, layer.module), *layer.tied]:
+            bias = getattr(module, "bias", None)
+            if not any(bias is p for p in parameters.values()):
+                parameters[f"{name}.bias"] = bias
+        for name, p in parameters.items():
+            if p is not None and p.requires_grad and p.grad is not None:
+                p.grad.copy_(self.divide(layer.name, name, p.grad, decay).mul_(scale))
+
+    @torch.no_grad()
     def divide(self, layer: str, name: str, grad: Tensor, decay: float) -> Tensor:
         """A gradient, divided by the roots of its second moments in the layer's basis.
 

@@ -91,8 +91,11 @@ class TrainingOptions(NaturalGradientMaker):
 
     @contextlib.contextmanager
     def _noting_updates(self) -> Iterator[None]:
-        """Around a step: it is the last one that made the updates it makes, if it does not fail."""
-        step, last, moments = self.state["step"], dict(self.last_update), self.second_moments.copy()
+        """Around a step: it is the last one that made the updates it makes, if it does not fail.
+        If it does, what it has seen of gradients is forgotten, too.
+        """
+        step, last = self.state["step"], dict(self.last_update)
+        trust, moments = self.step_trust.copy(), self.second_moments.copy()
         due = {
             "curvature": self.do_update_curvature(step),
             "preconditioner": self.do_update_preconditioner(step),
@@ -101,7 +104,7 @@ class TrainingOptions(NaturalGradientMaker):
         try:
             yield
         except BaseException:
-            self.last_update, self.second_moments = last, moments
+            self.last_update, self.step_trust, self.second_moments = last, trust, moments
             raise
 
     # ------------------------------------------------------------------------------------ curvature
@@ -198,7 +201,6 @@ class TrainingOptions(NaturalGradientMaker):
         ):
             self.step_trust.note(layer.module for layer in self.plan.layers)
 
-    @torch.no_grad()
     def divide_by_second_moments(self, layer: Any, scale: float, given: bool) -> None:
         """Precondition the gradients of a layer with Kronecker factors, in place.
 
@@ -210,16 +212,7 @@ class TrainingOptions(NaturalGradientMaker):
                 "With second_moment there are no inverses to multiply vectors with; it is for the "
                 "gradients in .grad alone."
             )
-        decay: Any = self.config.second_moment
-        parameters = {f"{layer.name}.weight": layer.module.weight}
-        for name, module in [(layer.name, layer.module), *layer.tied]:
-            bias = getattr(module, "bias", None)
-            if not any(bias is p for p in parameters.values()):
-                parameters[f"{name}.bias"] = bias
-        for name, p in parameters.items():
-            if p is not None and p.grad is not None and p.requires_grad:
-                divided = self.second_moments.divide(layer.name, name, p.grad, decay)
-                p.grad.copy_(divided.mul_(scale))
+        self.second_moments.precondition(layer, self.config.second_moment, scale)
 
     def _layer_grads(self) -> list[Tensor]:
         """The gradients of all layers that are preconditioned."""

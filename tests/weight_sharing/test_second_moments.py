@@ -324,8 +324,8 @@ def run(steps: range, model: nn.Module, maker: Any, optimizer: Any) -> None:
 
 def fresh(**options: Any) -> tuple[nn.Module, Any, Any]:
     model = network()
-    options = {"early_updates": 3, "preconditioner_upd_interval": 4, **options}
-    config = recommended(second_moment=BETA, **options)
+    defaults = {"second_moment": BETA, "early_updates": 3, "preconditioner_upd_interval": 4}
+    config = recommended(**{**defaults, **options})
     return model, maker_of(model, config), torch.optim.NAdam(model.parameters(), lr=1e-2)
 
 
