@@ -31,20 +31,8 @@ from .matrices import dtype_of, is_of, precondition_bias
 from .registry import supported_classes
 from .resuming import Resuming
 from .rules import matches_any
-<<<<<<< HEAD
 from .shapes import KRONECKER
-from .state_check import check_state
-from .state_dict import (
-    load_plan_state,
-    load_training_state,
-    loaded_matrices,
-    replace_matrices,
-    state_of_maker,
-)
-from .training import TrainingOptions
-=======
 from .steps import TransactionalSteps
->>>>>>> house
 from .training_config import check_training_config
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
@@ -119,20 +107,17 @@ class WeightSharing(TransactionalSteps, Inversion, Resuming):
         """Upstream's, for a layer that took part in the last curvature update and has a
         gradient.
         """
-<<<<<<< HEAD
         given = vectors is not None or vec_weight is not None
         if shape in KRONECKER and getattr(self.config, "second_moment", None) is not None:
             scale = self.grad_scale if grad_scale is None else grad_scale
             self.divide_by_second_moments(self.plan.layer_of(module), scale, given)
             return
-=======
->>>>>>> house
         matrix = self._get_module_fisher(module)
         if module in self.fisher_maker.unseen or matrix is None or not is_of(matrix, module):
             return
         # An eigenbasis is inverted as it is multiplied with.
         how: tuple[Any, Any] = (grad_scale, use_inv and shape != SHAPE_KFE)
-        if vectors is not None or vec_weight is not None:
+        if given:
             super()._precondition_module(module, shape, vectors, vec_weight, vec_bias, *how)
             return
         trainable = _trainable(module)
