@@ -349,7 +349,7 @@ def _contenders() -> dict[str, Contender]:
         make = kfac(strategy, "fisher_mc", second_moment)
         result[f"{name}, second moment"] = Contender(make, ADAM, space=ADAM_SPACE, is_ours=True)
     if not hasattr(asdl_ws_plugin, "recommended"):  # a version without the preset
-        result = {name: c for name, c in result.items() if not name.startswith("K-FAC preset")}
+        result = {n: c for n, c in result.items() if "preset" not in n and "moment" not in n}
     if not hasattr(torch.optim, "Muon"):  # before torch 2.9
         del result["Muon"]
     return result
