@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from .makers import KfacGradientMaker
 from .weight_sharing.capture import Captured, Record
 from .weight_sharing.fisher_maker import recording_of
+from .weight_sharing.nests import tensors_in
 from .weight_sharing.observe_loss import LossObserver
 from .weight_sharing.torch_private import remove_function_mode, unwrapped
 from .weight_sharing.training_config import TrainingConfig, recommended
@@ -351,7 +352,7 @@ class Preconditioner:
         """The forward passes that a loss depends on."""
         nodes = {}
         for forward in self._forwards:
-            for tensor in _tensors(forward.output):
+            for tensor in tensors_in(forward.output):
                 if tensor.grad_fn is not None:
                     nodes[tensor.grad_fn] = forward
         found: list[_Forward] = []
@@ -451,17 +452,6 @@ class Preconditioner:
         logger.info("step %d: %s", step, self.last_step)
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    if isinstance(values, (list, tuple)) or isinstance(output, dict):
-        return [tensor for value in values for tensor in _tensors(value)]
-    if dataclasses.is_dataclass(output):
-        return _tensors(list(vars(output).values()))
-    return []
-
-
 def _first_logits(output: Any) -> Tensor:
     """The output, its ``logits``, or its first tensor."""
     if isinstance(output, Tensor):
@@ -469,7 +459,7 @@ def _first_logits(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    tensors = _tensors(output)
+    tensors = list(tensors_in(output))
     if not tensors:
         raise TypeError(
             f"There is no tensor in the model's output, a {type(output).__name__}. Say which are "
