@@ -42,13 +42,15 @@ from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
 from .logits import SELECT_LOGITS, logits_of
 from .micro_batches import MicroBatches
+from .no_labels import reading_without_labels, with_zero_loss
 from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .positions import take_positions
 from .probe import counted
-from .ranks import Ranks, Share
+from .ranks import Ranks
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .shares import Share
 from .torch_private import eagerly, is_sharded_by_fsdp1, unwrapped
 from .transaction import put_aside
 from .unseen import UnseenReport, check_any_called
@@ -297,6 +299,9 @@ class WeightSharingFisherMaker(FisherMaker):
             vec,
         )
         captured = self.capture() if self.given is None else self.given
+        if self.ranks.size > 1:
+            captured = with_zero_loss(captured)
+            self._loss = captured.loss
         self.take(captured, step)
         if calc_inv and self.micro_batches is None:
             attr = self.config.fisher_attr
@@ -385,7 +390,8 @@ class WeightSharingFisherMaker(FisherMaker):
             results = matrices_of(batch, self.unseen)
             is_alone = self.ranks.size == 1  # then nothing has to be read back from the device
             n = count.num_examples
-            share = Share(num_examples=n) if is_alone else share_of(reading, n)
+            scale = captured.loss_scale
+            share = Share(num_examples=n) if is_alone else share_of(reading, n, scale)
             if self.micro_batches is None:
                 self._commit(results, step, share, batch.mean_positions())
             else:
@@ -447,6 +453,7 @@ class WeightSharingFisherMaker(FisherMaker):
                 share,
                 positions,
                 step.has_data_size,
+                self.config.fisher_type == FISHER_FORWARD_ONLY,
             )
         if not self.belongs_to_maker:
             put_aside(self.model)  # what a gradient maker has gathered is not this maker's
@@ -471,9 +478,17 @@ class WeightSharingFisherMaker(FisherMaker):
         )
 
 
-def share_of(reading: Reading, num_examples: int = 0) -> Share:
-    """What the loss of one rank's batch is of the joint loss."""
-    weight, factor = reading.source.weight, float(reading.sum_factor)
+def share_of(
+    reading: Reading, num_examples: int = 0, loss_scale: Tensor | float | None = None
+) -> Share:
+    """What the loss of one rank's batch is of the joint loss. What a GradScaler multiplies it with
+    says nothing of that.
+    """
+    weight = reading.source.weight
+    factor = float(reading.sum_factor) if float(reading.num_terms) else 0.0
+    if loss_scale is not None:
+        factor *= float(loss_scale)
+        factor = 1.0 if abs(factor - 1) < 1e-6 else factor  # a sum, to the last bit
     kept = reading.num_rows if weight is None else int(torch.count_nonzero(weight))
     return Share(factor, factor, kept, num_examples)
 
@@ -496,6 +511,9 @@ def read(
     """
     has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
     is_emp = config.fisher_type == FISHER_EMP
+    if not captured.has_labels:
+        reading = reading_without_labels(captured, config.loss_type)
+        return reading.with_parts(1, of_loss=not has_data_size) if has_curvature else reading
     num_examples = None
     if has_curvature:
         num_examples = count_examples(plan.layers, plan.layouts, captured).num_examples

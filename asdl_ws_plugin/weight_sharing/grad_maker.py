@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from ._warn import warn
+from .agreement import RankFailure
 from .blocks import has_blocks, parameters_of
 from .commit import invert
 from .copying import set_state, state_of
@@ -47,12 +49,14 @@ from .matrices import (
 )
 from .matrices import share_inverses as share_inverses_of_blocks
 from .micro_batches import MicroBatches
+from .no_labels import has_no_label, zero_loss
 from .observe_loss import LossObserver, loss_and_count
 from .positions import take_own_positions
-from .ranks import RankFailure, Ranks, Share, unsynchronized
+from .ranks import Ranks
 from .reading import read_loss
 from .registry import supported_classes
 from .rules import matches_any
+from .shares import Share
 from .state_check import check_state
 from .state_dict import (
     load_plan_state,
@@ -64,6 +68,7 @@ from .state_dict import (
 from .training import TrainingOptions
 from .training_config import check_training_config
 from .transaction import Snapshot, carry, curvature_of
+from .wrappers import unsynchronized
 
 __all__ = ["WeightSharing", "weight_sharing_class"]
 
@@ -75,6 +80,8 @@ class WeightSharing(TrainingOptions):
     partitions: list[list[int]]
     _supported_classes = property(lambda self: supported_classes())
     _zero_reported = False
+    _grads_are_joint = False
+    _logits: Any
 
     #: Skip a step whose loss or curvature is not finite, on any rank, instead of raising a
     #: FloatingPointError: nothing is updated, ``.grad`` stays as it is, the step does not count.
@@ -125,17 +132,21 @@ class WeightSharing(TrainingOptions):
             self.finish_step()
         return self._model_output, self._loss
 
-    def add_micro_batch(self) -> None:
+    def add_micro_batch(self, joint: bool = False) -> None:
         """The gradient of a micro-batch is added to ``.grad``, and its curvature to that of the
         step.
 
         An error leaves both as they were.
+
+        Args:
+            joint: with several ranks, ``.grad`` has the gradients of all of them at the end of this
+                call, as DistributedDataParallel leaves them, and not only at that of the step.
         """
         maker = self.fisher_maker
         before = maker.micro_batches
         maker.micro_batches = before or MicroBatches()
         try:
-            with self._transaction():
+            with self._transaction() as snapshot:
                 check_setup(self, needs_loss=True)
                 step = self.state["step"]
                 if self.do_forward_and_backward(step):
@@ -144,9 +155,30 @@ class WeightSharing(TrainingOptions):
                     maker.micro_batches = maker.micro_batches.with_share(maker.share)
                 if self.do_update_curvature(step):
                     self.update_curvature()
+                if self.ranks.size > 1 and (joint or maker.micro_batches.is_joint):
+                    self._join_gradients(snapshot)
         except BaseException:
             maker.micro_batches = before
             raise
+
+    def _join_gradients(self, snapshot: Snapshot) -> None:
+        """Let ``.grad`` be that of the joint micro-batch; earlier ones that are a rank's own yet
+        are joined with it.
+        """
+        maker = self.fisher_maker
+        batches = maker.micro_batches
+        assert batches is not None
+        share = batches.shares[-1]
+        if not batches.is_joint and len(batches.shares) > 1:
+            snapshot.add_grads()
+            share = batches.share
+        self._average(share)
+        maker.micro_batches = replace(batches, is_joint=True)
+
+    def _average(self, share: Share) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        what = f"{self.fisher_maker.place}, gradients"
+        self.ranks.average_gradients(what, parameters, share)
 
     def finish_step(self) -> None:
         """Upstream's step after its gradient and curvature: the average, the inverses, and the
@@ -156,6 +188,7 @@ class WeightSharing(TrainingOptions):
         dropped, and so are the gradients if preconditioning had begun.
         """
         maker, step = self.fisher_maker, self.state["step"]
+        self._grads_are_joint = maker.micro_batches is not None and maker.micro_batches.is_joint
         try:
             with self._transaction(with_grads=False), self._noting_updates():
                 self._startup()
@@ -167,6 +200,7 @@ class WeightSharing(TrainingOptions):
                 self.state["step"] += 1
         finally:
             maker.micro_batches = None
+            self._grads_are_joint = False
 
     def _commit_micro_batches(self) -> None:
         maker = self.fisher_maker
@@ -188,7 +222,7 @@ class WeightSharing(TrainingOptions):
             raise
 
     @contextlib.contextmanager
-    def _transaction(self, with_grads: bool = True) -> Iterator[None]:
+    def _transaction(self, with_grads: bool = True) -> Iterator[Snapshot]:
         """All or nothing, on all ranks; with :attr:`skip_nonfinite`, nothing is no error.
 
         Args:
@@ -203,7 +237,7 @@ class WeightSharing(TrainingOptions):
                 before.set_aside_grads()
             self.fisher_maker.place = f"step {before.step}"
             with unsynchronized(self._model_fn) if self.ranks.size > 1 else nullcontext():
-                yield
+                yield before
             if with_grads:
                 before.add_grads()
         except BaseException as error:
@@ -221,7 +255,7 @@ class WeightSharing(TrainingOptions):
 
     def call_loss(self) -> Tensor:
         """Upstream's, with the losses of AlgoPerf's workloads understood, too."""
-        self._loss, _ = loss_and_count(super().call_loss())
+        self._loss, self._num_terms = loss_and_count(super().call_loss())
         return self._loss
 
     def forward(self) -> None:
@@ -233,21 +267,22 @@ class WeightSharing(TrainingOptions):
             super().forward()
             check_batch(self._logits, self._loss)
             return
-        observer = LossObserver()
+        maker, observer, given = self.fisher_maker, LossObserver(), self.fisher_maker.given
         with observer if self._loss_fn is None else nullcontext():
             self.call_model()
         with observer:
             self.call_loss()
+        observations, scale = observer.observations, observer.loss_scale
+        if given is not None:  # the user's own calls
+            observations, scale = list(given.observations), given.loss_scale
+            self._logits = given.logits
+        if has_no_label(self._loss, observations, self._logits, self._num_terms):
+            self._loss, maker.share = zero_loss(self._logits), Share(0.0, 0.0)
+            return
         check_batch(self._logits, self._loss)
-        self.fisher_maker.share = share_of(
-            read_loss(
-                self._loss,
-                observer.observations,
-                self._logits,
-                None,
-                reduction=declared_reduction(self._loss_fn, self._loss_fn_kwargs),
-            )
-        )
+        reduction = declared_reduction(self._loss_fn, self._loss_fn_kwargs)
+        reading = read_loss(self._loss, observations, self._logits, None, reduction=reduction)
+        maker.share = share_of(reading, loss_scale=scale)
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -526,14 +561,15 @@ class WeightSharing(TrainingOptions):
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
-        """Upstream's, of the joint gradient."""
-        if self.ranks.size > 1 and not args and kwargs.get("vectors") is None:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            what = f"{self.fisher_maker.place}, gradients"
-            self.ranks.average_gradients(what, parameters, self.fisher_maker.share)
+        """Upstream's, of the joint gradient. It ends on all ranks, or on none."""
         given = bool(args or kwargs.get("vectors"))
+        is_together = self.ranks.size > 1 and not given
+        if is_together and not self._grads_are_joint:
+            self._average(self.fisher_maker.share)
         with nullcontext() if given else self._step():
             super().precondition(*args, **kwargs)
+        if is_together:
+            self.ranks.end(f"{self.fisher_maker.place}, preconditioned")
 
 
 @functools.cache
