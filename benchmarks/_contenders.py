@@ -289,6 +289,11 @@ def preset(settings: Settings) -> Any:
     return asdl_ws_plugin.recommended(ignore_modules=IGNORED)
 
 
+def second_moment(settings: Settings) -> Any:
+    """The preset with Adam's second moment in the eigenbasis of the factors, at 0.95."""
+    return asdl_ws_plugin.recommended(second_moment=0.95, ignore_modules=IGNORED)
+
+
 ADAM = {"weight_decay": 0.03, "1-beta1": 0.1, "1-beta2": 0.01, "warmup": 0.1}
 ADAM_SPACE = {
     "weight_decay": (1e-3, 0.3),
@@ -340,8 +345,11 @@ def _contenders() -> dict[str, Contender]:
     }.items():
         make = kfac(None, fisher_type, preset)
         result[name] = Contender(make, ADAM, space=ADAM_SPACE, is_ours=True)
+    for name, strategy in {"K-FAC-reduce": "reduce", "K-FAC-expand": "expand"}.items():
+        make = kfac(strategy, "fisher_mc", second_moment)
+        result[f"{name}, second moment"] = Contender(make, ADAM, space=ADAM_SPACE, is_ours=True)
     if not hasattr(asdl_ws_plugin, "recommended"):  # a version without the preset
-        result = {name: c for name, c in result.items() if not name.startswith("K-FAC preset")}
+        result = {n: c for n, c in result.items() if "preset" not in n and "moment" not in n}
     if not hasattr(torch.optim, "Muon"):  # before torch 2.9
         del result["Muon"]
     return result

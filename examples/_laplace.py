@@ -17,7 +17,6 @@ from rich.table import Table
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
 
 import asdl_ws_plugin  # noqa: F401  # makes ASDL accept shared_dim
 from asdl_ws_plugin._torchvision import make_importable
@@ -40,27 +39,6 @@ __all__ = [
     "predict",
     "table",
 ]
-
-
-class PerExampleGGN(AsdlGGN):
-    """The ASDL backend with Jacobians of every example for itself, where examples are tensors.
-
-    laplace-torch's own differentiate all outputs of a batch by all of its examples: 30 times as
-    long for 50 images.
-    """
-
-    def jacobians(self, x: Any, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        if not isinstance(x, Tensor):
-            return super().jacobians(x, enable_backprop)
-
-        def logits(params: dict[str, Tensor], example: Tensor) -> tuple[Tensor, Tensor]:
-            state = (params, self.buffers_dict)
-            output = functional_call(self.model, state, (example.unsqueeze(0),))[0]
-            return output, output
-
-        params = {name: p.detach() for name, p in self.params_dict.items()}
-        jacobians, output = vmap(jacrev(logits, has_aux=True), (None, 0))(params, x)
-        return torch.cat([j.flatten(2) for j in jacobians.values()], dim=2), output.detach()
 
 
 def freeze_others(model: nn.Module) -> None:
@@ -86,7 +64,7 @@ def fit(model: nn.Module, data: Any, shared_dim: str, validation: Any) -> tuple[
         "classification",
         subset_of_weights="all",
         hessian_structure="kron",
-        backend=PerExampleGGN,
+        backend=AsdlGGN,
         asdl_fisher_kwargs={"shared_dim": shared_dim},  # this line switches
     )
     posterior.fit(data)

@@ -156,6 +156,9 @@ def train(
     if settings.damping is None:
         maker = asdl.GradientMaker(model)
     else:
+        # Not the preset, which is for whoever tunes nothing: with curvature on every step, 97 % of
+        # the validation images comes sooner (340 and 420 steps with the seeds 1 and 2, with the
+        # preset 380 and never; 95 % takes 200 and 250, with the preset 210 and 210).
         config = asdl.PreconditioningConfig(
             damping=settings.damping,
             ema_decay=settings.ema_decay,

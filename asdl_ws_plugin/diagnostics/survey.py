@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..weight_sharing.blocks import has_blocks, parameters_of
 from ..weight_sharing.capture import Captured, Layer, recording
 from ..weight_sharing.count import Count, count_examples, leading_sizes, num_rows
+from ..weight_sharing.nests import tensors_in
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.positions import take_positions
 from ..weight_sharing.torch_private import own_buffers
@@ -105,8 +106,8 @@ class Survey:
             raise TypeError(
                 f"There is no tensor of floating-point numbers in the model's output, {kind}."
             )
-        self.graph = Graph(_tensors(output))
-        inputs = list(_tensors([args, kwargs]))
+        self.graph = Graph(tensors_in(output))
+        inputs = list(tensors_in([args, kwargs]))
         found = self.graph.depending_on(leaves) if len(leaves) == len(inputs) else set()
         self.from_input = found | self.graph.depending_on(_learned_inputs(model)) if found else None
         if logits.ndim == 0:  # a loss
@@ -172,16 +173,3 @@ def _traced(value: Any, leaves: list[Tensor]) -> Any:
     if type(value) is dict:
         return {key: _traced(item, leaves) for key, item in value.items()}
     return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of containers and of objects that hold them as attributes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
-        yield from (item for item in vars(value).values() if isinstance(item, Tensor))

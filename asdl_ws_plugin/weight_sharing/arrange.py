@@ -144,7 +144,10 @@ def _arrange_call(
     # Images are batch first, of whatever height.
     if not (how.channel_dims and sizes[0] % n == 0):
         finding = find_layout(layer.name, module, sizes, n, plan.layouts)
-        finding = checked_by_graph(layer.name, module, finding, sizes, n, touched, plan.layouts)
+        needs_examples = plan.strategy_of(layer) != EXPAND
+        finding = checked_by_graph(
+            layer.name, module, finding, sizes, n, touched, plan.layouts, needs_examples
+        )
         how = replace(how, finding=finding)
         _check_no_guess(plan, layer, module, how, count)
     if said is None or not said.masks:

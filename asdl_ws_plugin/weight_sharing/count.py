@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .capture import Captured, Layer, Record
 from .layout import LayoutBook
+from .nests import tensors_in
 from .positions import GRAPH, Positions
 from .ragged import Segments
 from .rules import SEQUENCE_FIRST
@@ -147,12 +148,7 @@ def _flattens_to(sizes: Sequence[int], num_examples: int, rows: int) -> bool:
 
 def all_sizes(value: Any) -> Iterator[tuple[int, ...]]:
     """The sizes of the tensors with at least one dimension in a nest of arguments."""
-    if isinstance(value, Tensor):
-        if value.ndim:
-            yield tuple(value.shape)
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from all_sizes(item)
+    return (tuple(tensor.shape) for tensor in tensors_in(value) if tensor.ndim)
 
 
 def leading_sizes(value: Any) -> tuple[int, ...] | None:

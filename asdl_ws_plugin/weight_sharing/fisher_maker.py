@@ -17,45 +17,49 @@ anywhere leaves nothing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from asdl.fisher import FisherConfig, FisherMaker
+from asdl.fisher import FisherConfig
 from asdl.grad_maker import GradientMaker
 from asdl.matrices import FISHER_EMP, FISHER_EXACT, FISHER_MC, SHAPE_KFE
-from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
 from torch import Tensor, nn
 
 from .arrange import arrange
 from .batch import Batch
-from .capture import Captured, Record, recording
-from .commit import commit, commit_products, invert, matrices_of
+from .capture import Captured, Record
+from .commit import commit_products, invert, matrices_of
 from .copying import set_state, state_of
 from .count import Count, count_examples, leading_sizes
-from .joint import joint_curvature
+from .evidence import Touched
+from .forgotten import ForgottenPadding
+from .joint_batches import JointBatches
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
-from .logits import SELECT_LOGITS, logits_of
-from .micro_batches import MicroBatches
+from .logits import SELECT_LOGITS
+from .model_calls import ModelCalls, declared_reduction, recording_of
 from .no_labels import reading_without_labels, with_zero_loss
-from .observe_loss import LossObserver, loss_and_count
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
-from .positions import take_positions
 from .probe import counted
 from .ranks import Ranks
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
 from .shares import Share
-from .torch_private import eagerly, is_sharded_by_fsdp1, unwrapped
-from .transaction import put_aside
+from .step import NOT_GIVEN, Step, check_data_size
+from .torch_private import is_sharded_by_fsdp1, unwrapped
 from .unseen import UnseenReport, check_any_called
 
-__all__ = ["FISHER_FORWARD_ONLY", "Step", "WeightSharingFisherMaker"]
+__all__ = [
+    "FISHER_FORWARD_ONLY",
+    "Step",
+    "WeightSharingFisherMaker",
+    "check_data_size",
+    "declared_reduction",
+    "recording_of",
+]
 
 NO_LAYERS = (
     "The model has no layer whose curvature could be computed: none of a supported type that has "
@@ -63,7 +67,6 @@ NO_LAYERS = (
     "FullyShardedDataParallel, scripted or traced by torch.jit, or does it need "
     "asdl_ws_plugin.convert(model) first?"
 )
-_INVALID_DATA_SIZE = -1  # upstream's mark for "not given"
 
 
 def check_batch(logits: Any, loss: Tensor | None) -> None:
@@ -83,12 +86,6 @@ def check_batch(logits: Any, loss: Tensor | None) -> None:
             "has such values, every label is left out, or training has diverged: lower the "
             "learning rate or raise damping."
         )
-
-
-def check_data_size(data_size: Any) -> None:
-    """Raise a ValueError unless it is a number of examples, or not given."""
-    if not data_size >= 1 and data_size != _INVALID_DATA_SIZE:
-        raise ValueError(f"data_size has to be a number of examples, got {data_size!r}.")
 
 
 def check_setup(maker: GradientMaker, needs_loss: bool) -> None:
@@ -130,45 +127,7 @@ def check_not_sharded(model: nn.Module) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Step:
-    """What is wanted of a batch beside its curvature.
-
-    Attributes:
-        data_size: D; -1: the curvature is that of the loss that was passed.
-        scale: multiplies every matrix; the Kronecker factors are multiplied with it each.
-        accumulate: add to the curvature of earlier batches.
-        calc_loss_grad: accumulate the gradient of the loss into ``.grad``.
-        fvp: compute the Fisher-vector product with ``vec`` instead.
-        vec: see ``fvp``.
-    """
-
-    data_size: int = _INVALID_DATA_SIZE
-    scale: float = 1.0
-    accumulate: bool = False
-    calc_loss_grad: bool = False
-    fvp: bool = False
-    vec: ParamVector | None = None
-
-    @property
-    def has_data_size(self) -> bool:
-        """Whether the examples that the curvature is averaged over were counted by the user."""
-        return self.data_size != _INVALID_DATA_SIZE
-
-    def scales(
-        self, reading: Reading, count: Count, has_loss: bool, loss_scale: Tensor | None = None
-    ) -> tuple[Any, Any]:
-        """What A and B are multiplied with."""
-        if self.has_data_size:
-            return self.scale / self.data_size, self.scale / self.data_size
-        if not has_loss:
-            raise ValueError("data_size is not specified, and there is no loss to tell it from.")
-        # A factor that a GradScaler multiplies the loss with is none of its curvature.
-        sum_factor = reading.sum_factor if loss_scale is None else reading.sum_factor * loss_scale
-        return self.scale / count.num_examples, self.scale / sum_factor
-
-
-class WeightSharingFisherMaker(FisherMaker):
+class WeightSharingFisherMaker(ModelCalls, JointBatches):
     """Computes the Fisher information of a model whose layers share weights over positions.
 
     A drop-in for the makers of ``asdl.fisher``; :func:`asdl.get_fisher_maker` returns it for a
@@ -215,23 +174,10 @@ class WeightSharingFisherMaker(FisherMaker):
             )
         self.unseen: dict[nn.Module, str] = {}
         self.draws = 0
-        self._num_terms: Any = None  # how many terms the last loss says that it averages over
-        # Set by the gradient maker: what the accumulated curvature is multiplied with before the
-        # new one is added.
-        self.decay = 1.0
-        # Also set by it: the micro-batches of the step, where there are several, and a forward pass
-        # that the user has made.
-        self.micro_batches: MicroBatches | None = None
-        self.given: Captured | None = None
-        # Or, of an average without bias: the least weight that an update has.
-        self.least_weight: float | None = None
-        # Also set by it: that there is one, the processes that train together, where they are in
-        # their training, and what this one's last batch was of the joint one.
-        self.belongs_to_maker = False
-        self.ranks = Ranks.alone()
-        self.place = ""
-        self.share = Share()
+        self.given: Captured | None = None  # a forward pass that the user has made
+        self.ranks, self.share = Ranks.alone(), Share()
         self._unseen_report = UnseenReport(self.plan)
+        self._forgotten = ForgottenPadding()
 
     def __getstate__(self) -> dict[str, Any]:
         return state_of(self)
@@ -253,7 +199,7 @@ class WeightSharingFisherMaker(FisherMaker):
 
     def forward_and_backward(
         self,
-        data_size: int = _INVALID_DATA_SIZE,
+        data_size: int = NOT_GIVEN,
         scale: float | None = None,
         accumulate: bool = False,
         calc_loss_grad: bool = False,
@@ -291,7 +237,7 @@ class WeightSharingFisherMaker(FisherMaker):
         check_data_size(data_size)
         check_setup(self, needs_loss=self.is_fisher_emp or calc_loss_grad)
         step = Step(
-            self.config.data_size if data_size == _INVALID_DATA_SIZE else data_size,
+            self.config.data_size if data_size == NOT_GIVEN else data_size,
             self.config.scale if scale is None else scale,
             accumulate,
             calc_loss_grad,
@@ -301,105 +247,64 @@ class WeightSharingFisherMaker(FisherMaker):
         captured = self.capture() if self.given is None else self.given
         if self.ranks.size > 1:
             captured = with_zero_loss(captured)
-            self._loss = captured.loss
+            if captured.loss is not None:
+                self._loss = captured.loss
         self.take(captured, step)
         if calc_inv and self.micro_batches is None:
             attr = self.config.fisher_attr
             invert(self.model, self.plan.layers, attr, damping, self.ranks, self.place)
         return self._model_output, captured.loss if self.is_fisher_emp or calc_loss_grad else None
 
-    def capture(self) -> Captured:
-        """Stage 1: call the model and the loss."""
-        self.plan.check_still_complete()
-        loss, num_terms, observer = None, None, LossObserver()
-        has_loss = self._loss_fn is not None or self._dummy_loss is not None
-        # A loss given by its representation may have been computed inside of the model.
-        watch = observer if self._loss_fn is None and has_loss else contextlib.nullcontext()
-        with recording_of(self.plan) as record, watch:
-            self.call_model()
-        if has_loss:
-            with observer, eagerly():  # a compiled loss hides the functions that it calls
-                loss = self.call_loss()
-            num_terms = self._num_terms
-        return Captured(
-            record,
-            self._logits,
-            loss,
-            observer.observations,
-            [self._model_args, self._model_kwargs],
-            declared_reduction(self._loss_fn, self._loss_fn_kwargs),
-            num_terms,
-            observer.loss_scale,
-        )
-
-    def call_model(self) -> Any:
-        """ASDL's; logits that nobody selected are what the loss is given of the output."""
-        super().call_model()
-        arguments = [*self._loss_fn_args, *self._loss_fn_kwargs.values()]
-        self._logits = logits_of(self._model_output, self._dummy_logits, arguments)
-        return self._model_output
-
-    def call_loss(self) -> Tensor:
-        """ASDL's, with the losses of AlgoPerf's workloads understood, too."""
-        self._loss, self._num_terms = loss_and_count(super().call_loss())
-        return self._loss
-
     def take(self, captured: Captured, step: Step) -> None:
         """Stages 2 to 6: the curvature of what was captured, and the gradient of its loss.
 
         ``captured`` may be of a forward pass that somebody else made.
         """
-        plan, config, layers = self.plan, self.config, self.plan.layers
-        check_captured(captured, config.fisher_type, self.plan)
-        reading = read(captured, plan, config, step.has_data_size)
-        count, evidence = counted(plan, layers, captured)
+        check_captured(captured, self.config.fisher_type, self.plan)
+        reading = read(captured, self.plan, self.config, step.has_data_size)
+        count, evidence = counted(self.plan, self.plan.layers, captured)
         self._decide(reading.num_rows, count.num_logits_of_examples)
-        scale_A, scale_B = step.scales(
-            reading, count, captured.loss is not None, captured.loss_scale
-        )
-        record = self._live(captured, reading)
+        scales = step.scales(reading, count, captured.loss is not None, captured.loss_scale)
+        captured = replace(captured, record=self._live(captured, reading))
+        batch = self._arranged(captured, reading, count, evidence, step, scales[0])
+        scale_B = scales[0 if self.config.fisher_type == FISHER_FORWARD_ONLY else 1]
+        estimate = self._estimate()
+        operate(batch, captured, reading, count, estimate, scale_B, step.calc_loss_grad)
+        self._keep(batch, reading, step, captured.loss_scale)
+
+    def _arranged(
+        self,
+        captured: Captured,
+        reading: Reading,
+        count: Count,
+        evidence: Mapping[tuple[nn.Module, int], Touched],
+        step: Step,
+        scale: Any,
+    ) -> Batch:
+        """Stage 4, and the operations that take what was arranged."""
+        plan, layers, record = self.plan, self.plan.layers, captured.record
         arranged = arrange(plan, layers, record, count, evidence)
-        batch = Batch(
-            self.model,
-            plan,
-            layers,
-            record,
-            arranged,
-            count.num_examples,
-            scale_A,
-            step.fvp,
-            step.vec,
-        )
-        scale_B = scale_A if config.fisher_type == FISHER_FORWARD_ONLY else scale_B
-        captured = replace(captured, record=record)
-        operate(
-            batch,
-            captured,
-            reading,
-            count,
-            self._estimate(),
-            scale_B,
-            with_grad=step.calc_loss_grad,
-        )
+        self._forgotten.look(layers, captured, reading, count, arranged, evidence)
+        n, fvp, vec = count.num_examples, step.fvp, step.vec
+        return Batch(self.model, plan, layers, record, arranged, n, scale, fvp, vec)
+
+    def _keep(self, batch: Batch, reading: Reading, step: Step, loss_scale: Tensor | None) -> None:
+        """Stage 6, for this batch or as a part of a joint one."""
+        layers, record, n = batch.layers, batch.record, batch.num_examples
         self.unseen = batch.unseen()
         self._unseen_report.check(layers, record, self.unseen)
         if step.fvp:
             self._unseen_report.report(layers, record, self.unseen)
-            commit_products(batch, self.unseen, config.fvp_attr)
+            commit_products(batch, self.unseen, self.config.fvp_attr)
         else:
             results = matrices_of(batch, self.unseen)
             is_alone = self.ranks.size == 1  # then nothing has to be read back from the device
-            n = count.num_examples
-            scale = captured.loss_scale
-            share = Share(num_examples=n) if is_alone else share_of(reading, n, scale)
-            if self.micro_batches is None:
-                self._commit(results, step, share, batch.mean_positions())
-            else:
-                self._add(results, step, share, batch.mean_positions())
+            share = Share(num_examples=n) if is_alone else share_of(reading, n, loss_scale)
+            keep = self._commit if self.micro_batches is None else self._add
+            keep(results, step, share, batch.mean_positions())
             self._unseen_report.report(layers, record, self.unseen)
-        if not step.fvp:  # products are with one matrix, so its labels are those of one draw
-            self.draws += 1
-        plan.note_absent(record.absent)
+            self.draws += 1  # products are with one matrix, so its labels are those of one draw
+        self.plan.note_absent(record.absent)
 
     def _live(self, captured: Captured, reading: Reading) -> Record:
         outputs = captured.loss if self.is_fisher_emp else reading.source.logits
@@ -407,65 +312,6 @@ class WeightSharingFisherMaker(FisherMaker):
         return live_record(
             captured.record, self.plan.layers, outputs, self.plan.layouts.without_batch
         )
-
-    def commit_micro_batches(self) -> None:
-        """Stage 6 for the joint batch of several micro-batches."""
-        total = self.micro_batches
-        assert total is not None and total.step is not None
-        self.unseen = total.unseen
-        self._commit(total.joined(), total.step, total.share, total.positions)
-
-    def _add(
-        self,
-        results: list[tuple[nn.Module, SymMatrix]],
-        step: Step,
-        share: Share,
-        positions: dict[nn.Module, float],
-    ) -> None:
-        assert self.micro_batches is not None
-        is_mean = not step.has_data_size
-        self.micro_batches = self.micro_batches.added(
-            results,
-            self.unseen,
-            share,
-            positions,
-            step,
-            weigh_A=is_mean,
-            weigh_B=is_mean and self.config.fisher_type == FISHER_FORWARD_ONLY,
-        )
-
-    def _commit(
-        self,
-        results: list[tuple[nn.Module, SymMatrix]],
-        step: Step,
-        share: Share,
-        positions: dict[nn.Module, float],
-    ) -> None:
-        """Stage 6, of the joint batch of all ranks."""
-        self.share = share
-        if self.ranks.size > 1:
-            results = joint_curvature(
-                self.ranks,
-                f"{self.place}, curvature",
-                self.plan,
-                results,
-                self.unseen,
-                share,
-                positions,
-                step.has_data_size,
-                self.config.fisher_type == FISHER_FORWARD_ONLY,
-            )
-        if not self.belongs_to_maker:
-            put_aside(self.model)  # what a gradient maker has gathered is not this maker's
-        decay = self.decay if step.accumulate else None
-        commit(self.model, results, self.config.fisher_attr, decay, self.least_weight)
-
-    def _decide(self, num_terms: int, num_examples: int) -> None:
-        """Settle ``'auto'`` by the joint batch."""
-        if self.ranks.size > 1 and self.plan.setting is None and self.plan.is_auto:
-            rows = self.ranks.agree(f"{self.place}, setting", [num_terms, num_examples])
-            num_terms, num_examples = (int(sum(column)) for column in zip(*rows, strict=True))
-        self.plan.decide(num_terms, num_examples)
 
     def _estimate(self) -> Estimate:
         config = self.config
@@ -491,15 +337,6 @@ def share_of(
         factor = 1.0 if abs(factor - 1) < 1e-6 else factor  # a sum, to the last bit
     kept = reading.num_rows if weight is None else int(torch.count_nonzero(weight))
     return Share(factor, factor, kept, num_examples)
-
-
-def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> str | None:
-    """What a loss function, called with these keyword arguments, says of its reduction."""
-    reduction = (kwargs or {}).get("reduction", getattr(function, "reduction", None))
-    if reduction is None and isinstance(function, partial):
-        inner = getattr(function.func, "reduction", None)
-        return function.keywords.get("reduction", inner)
-    return reduction
 
 
 def read(
@@ -528,18 +365,6 @@ def read(
         needs_scale=is_emp or (has_curvature and has_data_size),
     )
     return reading.with_parts(config.var, of_loss=not has_data_size) if has_curvature else reading
-
-
-@contextlib.contextmanager
-def recording_of(plan: Plan) -> Iterator[Record]:
-    """Record a forward pass of the plan's model while the context is open.
-
-    The first batch's is also followed from the model's arguments on.
-    """
-    said = take_positions(plan.model)
-    traced = None if plan.layouts.is_probed else plan.model
-    with recording(plan.layers, plan.check_call, positions=said, traced=traced) as record:
-        yield record
 
 
 def check_captured(captured: Captured, fisher_type: str, plan: Plan) -> None:

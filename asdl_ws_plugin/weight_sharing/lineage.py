@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .nests import holds_tensors_in_sight, tensors_in
+
 __all__ = ["Lineage", "tracing"]
 
 
@@ -41,15 +43,15 @@ class Lineage(TorchFunctionMode):
         return output
 
     def mark(self, value: Any) -> None:
-        """Take the tensors in a nest of containers for computed from the model's arguments."""
-        for tensor in _tensors(value):
+        """Take the tensors in a nest for computed from the model's arguments."""
+        for tensor in tensors_in(value):
             self._marked[id(tensor)] = weakref.ref(tensor)
 
     def knows(self, value: Any) -> bool:
-        """Whether one of the tensors in a nest of containers is marked."""
+        """Whether one of the tensors in a nest is marked."""
         return any(
             (mark := self._marked.get(id(tensor))) is not None and mark() is tensor
-            for tensor in _tensors(value)
+            for tensor in tensors_in(value)
         )
 
     def from_input(self, tensor: Tensor) -> bool | None:
@@ -58,7 +60,8 @@ class Lineage(TorchFunctionMode):
 
     def start(self, args: Any, kwargs: Any) -> None:
         """Mark the model's arguments."""
-        self.is_complete = bool(list(_tensors((args, kwargs)))) and _is_plain((args, kwargs))
+        has_tensors = any(True for _ in tensors_in((args, kwargs)))
+        self.is_complete = has_tensors and holds_tensors_in_sight((args, kwargs))
         self.mark((args, kwargs))
 
 
@@ -88,22 +91,3 @@ def tracing(model: nn.Module) -> Iterator[Lineage]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether there is nothing in a nest of containers that may hold tensors unseen."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (Tensor, bool, int, float, str))

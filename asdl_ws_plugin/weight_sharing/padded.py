@@ -24,7 +24,7 @@ from .positions import GRAPH, Positions
 from .ragged import Mask
 from .rules import BATCH_FIRST, SEQUENCE_FIRST
 
-__all__ = ["dense_coat", "masked"]
+__all__ = ["dense_coat", "masked", "sequences_of"]
 
 _MOST_EXTRA = 8  # positions that a layer may have beside those of a mask, as class tokens
 
@@ -41,7 +41,7 @@ def masked(
 
     Raises a LayerError if it is not known which mask that is.
     """
-    length, times = _length(how)
+    length, times = sequences_of(how)
     how = replace(how, length=length)
     loss_sees = _seen_positions(how, touched, length)
     key = call.module, call.index
@@ -65,7 +65,7 @@ def masked(
     return _of_other_length(name, how, said, length, times, loss_sees)
 
 
-def _length(how: Arrangement) -> tuple[int, int]:
+def sequences_of(how: Arrangement) -> tuple[int, int]:
     """The length of the layer's sequences, and how many further positions each token has."""
     sizes, n = how.sizes, how.num_examples
     if how.layout == SEQUENCE_FIRST and len(sizes) > 1:

@@ -12,7 +12,7 @@ Where examples mix, as by batch normalization, every example touches all rows. S
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from .plan import Plan
 from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
 
-__all__ = ["counted", "probe"]
+__all__ = ["counted", "probe", "touched_by_loss"]
 
 _MOST_PROBES = 3  # a model's head may be initialised with zeros, through which nothing is seen
 
@@ -40,43 +40,52 @@ def probe(
     layers: Sequence[Layer],
     captured: Captured,
     layout: str | None = None,
+    num_examples: int | None = None,
 ) -> dict[Key, Touched]:
     """What the logits of examples touch, for each call of each layer that they do.
 
     Args:
+        num_examples: N, to be told the owner of each row, too.
         layout: of the logits. ``None``: not known; single rows of them are looked at, which are of
             the first and of the last example in any layout.
     """
-    calls: list[tuple[Key, Call]] = []
-    frames: dict[Key, Arrangement] = {}
-    for layer in layers:
-        for call in captured.record.calls.get(layer.module, ()):
-            key = layer.module, call.index
-            calls.append((key, call))
-            frames[key] = frame(plan, layer, call, 1)
     logits = captured.logits
-    if not (calls and logits.requires_grad):
-        return {}
-    by_call = dict(calls)
-    cotangents = [
-        (logits, _of_loss(logits, captured.loss)),
-        (logits, _of_example(logits, 0, layout)),
-        (logits, _of_example(logits, -1, layout)),
-    ]
-    try:
-        passes = [
-            _touched(outputs, cotangent, calls, by_call, frames)
-            for outputs, cotangent in cotangents
-        ]
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        return {}  # reentrant checkpoints have a graph for a whole backward pass only
-    return {
-        key: Touched(*(found[key] for found in passes))
-        for key in by_call
-        if all(key in found for found in passes)
+    by_call = {
+        (layer.module, call.index): (call, frame(plan, layer, call, 1))
+        for layer in layers
+        for call in captured.record.calls.get(layer.module, ())
     }
+    passes = _passes(
+        by_call,
+        [
+            (logits, _of_loss(logits, captured.loss)),
+            (logits, _of_example(logits, 0, layout)),
+            (logits, _of_example(logits, -1, layout)),
+        ],
+    )
+    owners = _owners(by_call, logits, num_examples, layout) if passes else {}
+    return {
+        key: Touched(passes[0][key], passes[1][key], passes[2][key], owners.get(key))
+        for key in by_call
+        if passes and all(key in found for found in passes)
+    }
+
+
+def touched_by_loss(
+    layers: Sequence[Layer], captured: Captured, frames: Sequence[tuple[Key, Arrangement]]
+) -> dict[Key, Tensor]:
+    """The rows of these calls that the terms of the loss touch, booleans of their leading sizes."""
+    by_call = {
+        (layer.module, call.index): call
+        for layer in layers
+        for call in captured.record.calls.get(layer.module, ())
+    }
+    logits = captured.logits
+    passes = _passes(
+        {key: (by_call[key], how) for key, how in frames},
+        [(logits, _of_loss(logits, captured.loss))],
+    )
+    return passes[0] if passes else {}
 
 
 def counted(
@@ -90,10 +99,11 @@ def counted(
     guesses = _padded_guesses(count)
     if (book.is_probed and guesses <= book.looked_at) or count.num_examples == 1:
         return count, {}
-    evidence = probe(plan, layers, captured)
-    layout = _layout_of_logits(captured.logits, evidence, count.num_examples)
+    n = count.num_examples
+    evidence = probe(plan, layers, captured, None, n)
+    layout = _layout_of_logits(captured.logits, evidence, n)
     if layout is not None:
-        evidence = probe(plan, layers, captured, layout)
+        evidence = probe(plan, layers, captured, layout, n)
     count = _checked_count(plan, layers, captured, evidence, count)
     book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
     book.looked_at |= guesses if evidence else set()
@@ -222,21 +232,98 @@ def _of_example(logits: Tensor, which: int, layout: str | None) -> Tensor:
     return found
 
 
+def _passes(
+    calls: Mapping[Key, tuple[Call, Arrangement]], sent: Sequence[tuple[Tensor, Tensor]]
+) -> list[dict[Key, Tensor]]:
+    """Which rows of each call's output get a gradient, for each pair of outputs and cotangents;
+    nothing if no graph can be asked.
+    """
+    if not (calls and all(outputs.requires_grad for outputs, _ in sent)):
+        return []
+    try:
+        return [_touched(outputs, cotangent, calls) for outputs, cotangent in sent]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        return []  # reentrant checkpoints have a graph for a whole backward pass only
+
+
 def _touched(
-    outputs: Tensor,
-    cotangent: Tensor,
-    calls: Sequence[tuple[Key, Call]],
-    by_call: Mapping[Key, Call],
-    frames: Mapping[Key, Arrangement],
+    outputs: Tensor, cotangent: Tensor, calls: Mapping[Key, tuple[Call, Arrangement]]
 ) -> dict[Key, Tensor]:
     """Which rows of each call's output get a gradient, ``sizes``, by call."""
+    return _of_rows(outputs, cotangent, calls, lambda rows: (rows != 0).any(-1))
+
+
+def _of_rows(
+    outputs: Tensor,
+    cotangent: Tensor,
+    calls: Mapping[Key, tuple[Call, Arrangement]],
+    function: Callable[[Tensor], Tensor],
+) -> dict[Key, Tensor]:
+    """A function of the gradients ``(*sizes, P)`` of each call's output, by call."""
     found: dict[Key, Tensor] = {}
 
     def receive(key: Any, grad: Tensor | None) -> None:
         if grad is not None:
-            rows = frames[key].features_last(grad.detach().reshape(by_call[key].out_shape))
-            found[key] = (rows != 0).any(-1)
+            call, how = calls[key]
+            found[key] = function(how.features_last(grad.detach().reshape(call.out_shape)))
 
-    last = last_nodes(outputs, {call.edge.node for _, call in calls})
-    send_back(outputs, cotangent, calls, receive, last, retain_graph=True)
+    stops = [(key, call) for key, (call, _) in calls.items()]
+    last = last_nodes(outputs, {call.edge.node for _, call in stops})
+    send_back(outputs, cotangent, stops, receive, last, retain_graph=True)
     return found
+
+
+# ------------------------------------------------------------------------------------------- owners
+
+_PROJECTIONS = 4  # of a row's gradient; a row of several examples is in proportion in none
+_TOLERANCE = 0.02
+
+
+def _owners(
+    calls: Mapping[Key, tuple[Call, Arrangement]],
+    logits: Tensor,
+    num_examples: int | None,
+    layout: str | None,
+) -> dict[Key, Tensor]:
+    """The example of each row whose logits alone it reaches, ``sizes``, by call; -1: not certain.
+
+    A backward pass is linear: if the logits of example n are weighed with n + 1, so are the
+    gradients of its rows. Two passes tell the owners of all rows.
+    """
+    dim = _batch_dim(logits, num_examples, layout)
+    if dim is None or num_examples is None or logits.dtype not in (torch.float32, torch.float64):
+        return {}
+    weights = torch.arange(1, num_examples + 1, device=logits.device).to(logits.dtype)
+    weights = weights.view([-1 if d == dim else 1 for d in range(logits.ndim)])
+    cotangent = _noise(logits)
+    plain = _of_rows(logits, cotangent, calls, _projected)
+    weighted = _of_rows(logits, cotangent * weights, calls, _projected)
+    return {key: _owner(plain[key], weighted[key], num_examples) for key in plain}
+
+
+def _batch_dim(logits: Tensor, num_examples: int | None, layout: str | None) -> int | None:
+    """Which dimension of the logits is the batch; ``None`` if that is not known."""
+    fitting = [d for d in range(max(1, logits.ndim - 1))[:2] if logits.shape[d] == num_examples]
+    if len(fitting) > 1:
+        return None if layout is None else LAYOUTS.index(layout)
+    return fitting[0] if fitting else None
+
+
+def _projected(rows: Tensor) -> Tensor:
+    """``(*sizes, P)`` to as many numbers of each row as there are projections."""
+    size = rows.shape[-1]
+    if size < _PROJECTIONS:
+        return rows.new_zeros(*rows.shape[:-1], _PROJECTIONS)  # too few to be certain
+    angles = torch.arange(1, size * _PROJECTIONS + 1, device=rows.device, dtype=torch.float64)
+    return rows @ angles.sin().to(rows.dtype).view(size, _PROJECTIONS)
+
+
+def _owner(plain: Tensor, weighted: Tensor, num_examples: int) -> Tensor:
+    """The example whose weight all projections of a row have in common, -1 where there is none."""
+    ratios = weighted.double() / plain.double()  # not a number where there is no gradient
+    weight = ratios[..., 0].round()
+    is_one = ((ratios - weight.unsqueeze(-1)).abs() < _TOLERANCE).all(-1)
+    is_one &= (weight >= 1) & (weight <= num_examples)
+    return torch.where(is_one, weight - 1, -1).nan_to_num(-1).long()

@@ -60,6 +60,8 @@ def check_state(maker: Any, state: Any) -> None:
         )
     _check_options(maker, state["weight_sharing"])
     _check_curvature(maker, state["curvature"], state["weight_sharing"])
+    if has_training:
+        _check_second_moments(maker, state["training"])
 
 
 def _check_keys(what: str, state: dict[str, Any], wanted: set[str]) -> None:
@@ -175,6 +177,32 @@ def _check_parts(maker: Any, name: str, layer: Layer | None, entry: dict[str, An
                 f"{where}: the state has {key} of sizes {tuple(value.shape)}, but the parameters "
                 f"need {wanted[key]}."
             )
+
+
+def _check_second_moments(maker: Any, training: dict[str, Any]) -> None:
+    """Whether the second moments, or there being none, are of this maker and of its layers."""
+    is_wanted, found = maker.training.second_moment is not None, training.get("second_moments")
+    if is_wanted != (found is not None):
+        with_or_not = "without" if is_wanted else "with"
+        raise ValueError(
+            f"The state is of training {with_or_not} second_moment, this gradient maker's is not."
+        )
+    layers = {layer.name: layer for layer in maker.plan.layers}
+    for name, entry in (found or {}).items():
+        if name not in layers:
+            raise ValueError(f"The state has second moments of '{name}', which is no layer here.")
+        weight: Any = layers[name].module.weight
+        rows, columns = weight.shape[0], weight[0].numel()
+        factors = dict(zip(("kron.A", "kron.B"), entry["bases"], strict=False))
+        check_sizes(name, layers[name].module, factors)
+        for parameter, (average, _) in entry["moments"].items():
+            is_weight = parameter == f"{name}.weight"
+            wanted = (rows, columns if is_weight else 1)
+            if tuple(average.shape) != wanted or not bool(torch.isfinite(average).all()):
+                raise ValueError(
+                    f"The state's second moments of '{parameter}' have to be finite and of sizes "
+                    f"{wanted}."
+                )
 
 
 def _family(key: str) -> str:

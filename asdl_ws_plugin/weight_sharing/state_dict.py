@@ -176,10 +176,13 @@ def complete_inverses(maker: Any, state: dict[str, Any]) -> None:
 
 def training_state(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str, Any]:
     """What a :class:`~.training_config.TrainingConfig` goes by: when the last updates were, how
-    many each layer's average has seen, and each layer's damping with the optimizer's last step.
+    many each layer's average has seen, each layer's damping with the optimizer's last step, and
+    with ``second_moment`` those and their bases.
     """
     names = {module: name for name, module in maker.model.named_modules()}
+    has_moments = maker.training.second_moment is not None
     return {
+        **({"second_moments": maker.second_moments.state_dict()} if has_moments else {}),
         "last_update": dict(maker.last_update),
         "updates": {
             names[module]: matrix.updates
@@ -199,6 +202,9 @@ def load_training_state(
     for name, updates in state["updates"].items():
         matrices[modules[name]].updates = updates
     maker.step_trust.load_state_dict(state["trust"], modules)
+    if "second_moments" in state:
+        devices = {layer.name: layer.module.weight.device for layer in maker.plan.layers}
+        maker.second_moments.load_state_dict(state["second_moments"], devices)
 
 
 def check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from .blocks import parameters_of
 from .inverses import update_inverses
 from .matrices import tensors
 from .schedule import is_due
+from .second_moments import SecondMoments, eigenvectors
 from .step_length import clipped, grafted
 from .training_config import TrainingConfig, at_step
 from .trust import StepTrust
@@ -41,6 +42,11 @@ class TrainingOptions(NaturalGradientMaker):
     def step_trust(self) -> StepTrust:
         """Each layer's damping, as the optimizer's last step tells it."""
         return StepTrust()
+
+    @functools.cached_property
+    def second_moments(self) -> SecondMoments:
+        """Those of the layers' gradients, in the eigenbases of their factors."""
+        return SecondMoments()
 
     @functools.cached_property
     def last_update(self) -> dict[str, int]:
@@ -85,8 +91,11 @@ class TrainingOptions(NaturalGradientMaker):
 
     @contextlib.contextmanager
     def _noting_updates(self) -> Iterator[None]:
-        """Around a step: it is the last one that made the updates it makes, if it does not fail."""
+        """Around a step: it is the last one that made the updates it makes, if it does not fail.
+        If it does, what it has seen of gradients is forgotten, too.
+        """
         step, last = self.state["step"], dict(self.last_update)
+        trust, moments = self.step_trust.copy(), self.second_moments.copy()
         due = {
             "curvature": self.do_update_curvature(step),
             "preconditioner": self.do_update_preconditioner(step),
@@ -95,7 +104,7 @@ class TrainingOptions(NaturalGradientMaker):
         try:
             yield
         except BaseException:
-            self.last_update = last
+            self.last_update, self.step_trust, self.second_moments = last, trust, moments
             raise
 
     # ------------------------------------------------------------------------------------ curvature
@@ -131,6 +140,9 @@ class TrainingOptions(NaturalGradientMaker):
             ]
             if (matrix := self._get_module_fisher(module)) is not None
         ]
+        if self.config.second_moment is not None:
+            self._update_bases()
+            matrices = [entry for entry in matrices if entry[1].kron is None]
         kept = update_inverses(matrices)
         if kept and not self._failure_reported:
             self._failure_reported = True
@@ -140,6 +152,22 @@ class TrainingOptions(NaturalGradientMaker):
                 "more damping avoids this."
             )
         return [(name, matrix) for name, matrix, _ in matrices]
+
+    def _update_bases(self) -> None:
+        found: dict[int, Tensor] = {}  # blocks of one layer have one A
+
+        def basis(factor: Tensor, side: int) -> Tensor:
+            if id(factor) not in found:
+                found[id(factor)] = eigenvectors(factor, side)
+            return found[id(factor)]
+
+        for layer in self.plan.layers:
+            matrix = self._get_module_fisher(layer.module)
+            if matrix is not None and matrix.kron is not None:
+                weight: Any = layer.module.weight
+                sides = weight[0].numel(), weight.shape[0]
+                A, B = map(basis, matrix.kron.data, sides)
+                self.second_moments.set_bases(layer.name, (A, B))
 
     def _relative_damping(self, module: nn.Module, matrix: SymMatrix) -> Tensor:
         """Of a layer, or of the model with the full Fisher, where there is no step of a layer."""
@@ -172,6 +200,19 @@ class TrainingOptions(NaturalGradientMaker):
             self.do_update_preconditioner(step) or self.do_update_curvature(step)
         ):
             self.step_trust.note(layer.module for layer in self.plan.layers)
+
+    def divide_by_second_moments(self, layer: Any, scale: float, given: bool) -> None:
+        """Precondition the gradients of a layer with Kronecker factors, in place.
+
+        Raises a NotImplementedError if other vectors are ``given``: there is no matrix to multiply
+        them with.
+        """
+        if given:
+            raise NotImplementedError(
+                "With second_moment there are no inverses to multiply vectors with; it is for the "
+                "gradients in .grad alone."
+            )
+        self.second_moments.precondition(layer, self.config.second_moment, scale)
 
     def _layer_grads(self) -> list[Tensor]:
         """The gradients of all layers that are preconditioned."""

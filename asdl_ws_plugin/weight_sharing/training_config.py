@@ -59,6 +59,10 @@ class TrainingConfig(PreconditioningConfig):
         learning_rate: the optimizer's, for ``kl_clip``; a number or a function of the step.
         max_side: a Kronecker factor of a larger side is a block diagonal of equal blocks at most
             that large; one of more than 16 such blocks is a diagonal.
+        second_moment: Adam's β2, as 0.95: in front of any optimizer, the gradient of a layer with
+            Kronecker factors is divided by the root of its own second moment in the factors'
+            eigenbasis, which ``preconditioner_upd_interval`` renews, instead of by the factors
+            (:mod:`~.second_moments`). Damping and trust are of the other layers then.
     """
 
     damping: Any = 1e-7
@@ -73,6 +77,7 @@ class TrainingConfig(PreconditioningConfig):
     kl_clip: float | None = None
     learning_rate: float | Callable[[int], float] | None = None
     max_side: int | None = None
+    second_moment: float | None = None
 
 
 def recommended(**options: Any) -> TrainingConfig:
@@ -150,6 +155,8 @@ def check_training_config(config: Any) -> None:
         raise ValueError(f"trust has to be greater than 0, got {config.trust!r}.")
     if config.trust is not None and not config.relative_damping:
         raise ValueError("trust sets a relative damping: it needs relative_damping=True.")
+    if config.second_moment is not None:
+        _check_second_moment(config)
     if config.kl_clip is None:
         return
     if config.kl_clip <= 0:
@@ -158,3 +165,16 @@ def check_training_config(config: Any) -> None:
         raise ValueError("kl_clip needs the optimizer's learning_rate, a number or a function.")
     if config.graft:
         raise ValueError("graft and kl_clip are two lengths of the same step; choose one.")
+
+
+def _check_second_moment(config: Any) -> None:
+    if not 0 <= config.second_moment < 1:
+        raise ValueError(f"second_moment has to be in [0, 1), got {config.second_moment!r}.")
+    if not config.relative_damping:
+        raise ValueError(
+            "second_moment needs relative_damping=True, for layers without Kronecker factors."
+        )
+    if config.kl_clip is not None:
+        raise ValueError(
+            "kl_clip is of steps that curvature has divided; with second_moment use graft."
+        )

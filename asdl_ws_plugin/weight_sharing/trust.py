@@ -49,6 +49,13 @@ class StepTrust:
         self._counts: dict[nn.Module, int] = {}
         self._before: dict[nn.Module, Tensor] = {}
 
+    def copy(self) -> StepTrust:
+        """One that stays as this is now: tensors are replaced, never changed."""
+        other = StepTrust()
+        other._averages, other._counts = dict(self._averages), dict(self._counts)
+        other._before = dict(self._before)
+        return other
+
     @torch.no_grad()
     def note(self, modules: Iterable[Any]) -> None:
         """Before a step that :meth:`measure` will be about: where the weights are."""

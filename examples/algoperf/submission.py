@@ -28,7 +28,7 @@ def init_optimizer_state(workload, model_params, model_state, hyperparameters, r
     asdl_ws_plugin.attach_padding(model, "auto")
     left = [nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d]  # to NAdamW, as grouped convolutions
     left += [module for module in model.modules() if getattr(module, "groups", 1) > 1]
-    config = asdl.PreconditioningConfig(
+    config = asdl_ws_plugin.recommended(
         damping=settings.damping, ema_decay=settings.ema_decay, ignore_modules=left,
         curvature_upd_interval=settings.curvature_interval,
         preconditioner_upd_interval=settings.inverse_interval)

@@ -115,18 +115,6 @@ def test_the_laplace_examples(
     assert name == "laplace_gnn" or printed.count("factors as curvlinops'") == 2
 
 
-def test_jacobians_of_single_examples(load: Load, double: None) -> None:
-    need("laplace")
-    shared = load("_laplace")
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2))
-    x = torch.randn(5, 2, 3)
-    model.output_size = 2
-    ours = shared.PerExampleGGN(model, "classification").jacobians(x)
-    expected = shared.AsdlGGN.jacobians(shared.PerExampleGGN(model, "classification"), x)
-    for found, wanted in zip(ours, expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
 def test_scores_of_predictions(load: Load) -> None:
     need("laplace")
     shared = load("_laplace")

@@ -143,6 +143,7 @@ def run_to_the_end(runner: Any) -> Any:
 def every_contender() -> list[str]:
     kinds = ("K-FAC-reduce", "K-FAC-expand", "K-FAC forward-only", "K-FAC empirical")
     presets = ["K-FAC preset", "K-FAC preset, forward-only"]
+    presets += ["K-FAC-reduce, second moment", "K-FAC-expand, second moment"]
     return (
         sorted(PEERS)
         + presets
@@ -153,7 +154,7 @@ def every_contender() -> list[str]:
 def test_all_contenders_are_there(bench: ModuleType) -> None:
     absent = set() if hasattr(torch.optim, "Muon") else {"Muon"}
     if not hasattr(asdl_ws_plugin, "recommended"):
-        absent |= {"K-FAC preset", "K-FAC preset, forward-only"}
+        absent |= {name for name in every_contender() if "preset" in name or "moment" in name}
     assert set(bench.CONTENDERS) == set(every_contender()) - absent
 
 

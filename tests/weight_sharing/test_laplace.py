@@ -169,6 +169,44 @@ def test_jacobians_of_single_examples_are_those_of_autograd(name: str) -> None:
             torch.testing.assert_close(found[n, c], expected, rtol=1e-10, atol=1e-14)
 
 
+class Centred(nn.Module):
+    """Every example depends on all others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - 0.5 * x.mean(0)
+
+
+class Branching(nn.Module):
+    """What ``vmap`` does not know: a branch on the data."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if x.sum() > 0 else x.cos()
+
+
+@pytest.mark.parametrize("between", [Centred, Branching])
+def test_jacobians_of_examples_that_depend_on_each_other(between: type[nn.Module]) -> None:
+    model, (x, _) = nn.Sequential(Pooled(), between(), nn.Linear(C, C)).eval(), data("regression")
+    found, output = a_backend("AsdlGGN", model, "regression").jacobians(x)
+    together = model(x)
+    torch.testing.assert_close(output, together.detach())
+    for n in range(N):
+        for c in range(C):
+            grads = torch.autograd.grad(together[n, c], list(model.parameters()), retain_graph=True)
+            expected = torch.cat([grad.flatten() for grad in grads])
+            torch.testing.assert_close(found[n, c], expected, rtol=1e-10, atol=1e-14)
+
+
+def test_jacobians_are_taken_of_one_example_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by laplace-torch's way, N times as much work; of a subnetwork, too."""
+    model, (x, _) = Pooled().eval(), data("regression")
+    backend = a_backend("AsdlGGN", model, "regression")
+    whole, _ = curvature.CurvatureInterface.jacobians(backend, x)
+    monkeypatch.setattr(curvature.CurvatureInterface, "jacobians", None)
+    torch.testing.assert_close(backend.jacobians(x)[0], whole)
+    backend.subnetwork_indices = torch.tensor([0, 5, 11])
+    torch.testing.assert_close(backend.jacobians(x)[0], whole[..., [0, 5, 11]])
+
+
 @pytest.mark.parametrize("likelihood", ["regression", "classification"])
 def test_gradients_of_single_examples_are_those_of_autograd(likelihood: str) -> None:
     model, (x, y) = nn.Sequential(Pooled(), nn.Tanh(), nn.Linear(C, C)), data(likelihood)

@@ -6,11 +6,18 @@ inputs where a loop cannot have them.
 
 from __future__ import annotations
 
+import types
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from oracles.by_example import assert_factors, empirical_factors, fisher, kfac, step
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import asdl_ws_plugin
 
@@ -192,6 +199,253 @@ def test_a_layer_called_on_the_batch_and_on_constants(shared_dim: str):
     )
     assert_factors(model.key, expected)
     assert "key" not in maker.plan.skipped
+
+
+# ------------------------------------------------------------------- one object holds the inputs
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+
+
+@dataclass(slots=True)
+class Slots:
+    x: Tensor
+
+
+class Outer:
+    """Holds the inputs two attributes deep, and itself."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.inner, self.name = {"store": [types.SimpleNamespace(x=x)]}, "batch"
+        self.itself = self
+
+    @property
+    def x(self) -> Tensor:
+        return self.inner["store"][0].x
+
+
+def data(x: Tensor) -> Any:
+    return pytest.importorskip("torch_geometric.data").Data(x=x)
+
+
+def batch_of_graphs(x: Tensor) -> Any:
+    """Each node is a graph of its own."""
+    geometric = pytest.importorskip("torch_geometric.data")
+    return geometric.Batch.from_data_list([geometric.Data(x=row[None]) for row in x])
+
+
+@STRATEGIES
+@pytest.mark.parametrize(
+    "wrap", [data, batch_of_graphs, Inputs, Slots, Outer, lambda x: UserDict(x=x)]
+)
+def test_the_tensors_of_an_object_are_followed_as_if_they_were_arguments(
+    shared_dim: str, wrap: Callable[[Tensor], Any]
+):
+    """Else a constant with as many rows as there are examples is taken for a batch."""
+
+    class Net(Positions):
+        def forward(self, held: Any) -> Tensor:
+            return super().forward(held["x"] if isinstance(held, UserDict) else held.x)
+
+    model, x, y = Net(N, True), torch.randn(N, D), torch.randint(C, (N,))
+    maker = fisher(model, shared_dim, ce, y, wrap(x))
+    assert not hasattr(model.pos, "fisher")
+    assert "the same for every example" in maker.plan.skipped["pos"]
+    plain = Positions.forward
+    for layer in (model.inp, model.head):
+        expected = empirical_factors(
+            layer, lambda n: ce(plain(model, x[n : n + 1]), y[n : n + 1]), N, shared_dim
+        )
+        assert_factors(layer, expected)
+
+
+def test_an_object_with_tokens_says_how_many_examples_flattened_logits_are_of():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inp, self.head = nn.Linear(D, 6), nn.Linear(6, C)
+
+        def forward(self, held: Inputs) -> Tensor:
+            return self.head(torch.tanh(self.inp(held.x)).flatten(0, 1))
+
+    model, x, y = Net(), torch.randn(N, R, D), torch.randint(C, (N, R))
+    fisher(model, "reduce", lambda z, t: F.cross_entropy(z, t.flatten()), y, Inputs(x), data_size=N)
+    for layer in (model.inp, model.head):
+        expected = empirical_factors(
+            layer,
+            lambda n: F.cross_entropy(model(Inputs(x[n : n + 1])), y[n], reduction="sum"),
+            N,
+            "reduce",
+        )
+        assert_factors(layer, expected)
+
+
+def test_what_an_object_hides_is_not_taken_for_constant():
+    """Arrays are no tensors: nothing is known of what is made of them, and sizes decide."""
+
+    class Net(Positions):
+        def forward(self, held: Any) -> Tensor:
+            self.constant = torch.from_numpy(held.array)
+            return super().forward(held.x)
+
+    model, x, y = Net(N, False), torch.randn(N, D), torch.randint(C, (N,))
+    array = torch.randn(N, 2).numpy()
+    fisher(model, "expand", ce, y, types.SimpleNamespace(x=x, array=array))
+    assert hasattr(model.pos, "fisher")
+
+
+# --------------------------------------- rows that sizes give to examples, and the graph to others
+
+
+class Rows(nn.Module):
+    """A layer whose rows are pooled for each example, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(D, 6), nn.Linear(6, C)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)).mean(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pooled(x))
+
+
+class OneByOne(Rows):
+    """One call for each example."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.tanh(self.layer(one)).mean(0) for one in x])
+
+
+class InChunks(Rows):
+    """Two calls, of half of the batch each: ``(N/2, R, D)``."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return torch.cat([super(InChunks, self).pooled(part) for part in x.split(N // 2)])
+
+
+class BatchLast(Rows):
+    """``(R, R, N, D)`` of all pairs of positions."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        pairs = (x.unsqueeze(1) * x.unsqueeze(2)).permute(1, 2, 0, 3)
+        return torch.tanh(self.layer(pairs)).mean((0, 1))
+
+
+class Packed(Rows):
+    """Examples of different lengths, sorted by them, without their padding."""
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        rows = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        seen = rows._replace(data=torch.tanh(self.layer(rows.data)))
+        return self.head(pad_packed_sequence(seen, batch_first=True)[0].sum(1))
+
+
+@pytest.mark.parametrize("kind", [OneByOne, InChunks, BatchLast])
+def test_rows_of_other_examples_than_sizes_say_are_refused(kind: type[Rows]):
+    """R = N, so that sizes fit; they were taken for what they are not, without a word."""
+    model, x, y = kind(), torch.randn(N, N, D), torch.randint(C, (N,))
+    message = "layer'.* whose logits each of them reaches.*whole batch at once.*ignore_modules"
+    with pytest.raises(ValueError, match=message):
+        fisher(model, "reduce", ce, y, x)
+    maker = fisher(model, "reduce", ce, y, x, ignore=["layer"])
+    assert maker.plan.layers[0].module is model.head
+    expected = empirical_factors(
+        model.head, lambda n: ce(Rows.forward(model, x[n : n + 1]), y[n : n + 1]), N, "reduce"
+    )
+    if kind is not BatchLast:  # whose pairs are no rows of Rows
+        assert_factors(model.head, expected)
+
+
+@pytest.mark.parametrize("kind", [OneByOne, InChunks])
+def test_whose_rows_they_are_does_not_matter_to_expand(kind: type[Rows]):
+    model, x, y = kind(), torch.randn(N, N, D), torch.randint(C, (N,))
+    fisher(model, "expand", ce, y, x)
+    expected = empirical_factors(
+        model.layer, lambda n: ce(Rows.forward(model, x[n : n + 1]), y[n : n + 1]), N, "expand"
+    )
+    assert_factors(model.layer, expected)
+
+
+@STRATEGIES
+@pytest.mark.parametrize("lengths", [[3, 4, 2, 3], [3, 4, 3, 2], [4, 3, 2, 3]])
+def test_a_packed_batch_of_as_many_rows_as_a_dense_one_is_refused(
+    shared_dim: str, lengths: list[int]
+):
+    """12 rows of 4 examples, and those of the first and the last example are where they were if
+    all had 3.
+    """
+    model, x, y = Packed(), torch.randn(4, 4, D), torch.randint(C, (4,))
+    with pytest.raises(ValueError, match="'layer': its 12 rows are not 3 consecutive rows"):
+        fisher(model, shared_dim, ce, y, x, torch.tensor(lengths))
+
+
+@STRATEGIES
+def test_a_packed_batch_of_one_length_is_read_off_the_graph(shared_dim: str):
+    model, x, y = Packed(), torch.randn(4, 3, D), torch.randint(C, (4,))
+    lengths = torch.full((4,), 3)
+    fisher(model, shared_dim, ce, y, x, lengths)
+    expected = empirical_factors(
+        model.layer, lambda n: ce(model(x[n : n + 1], lengths[:1]), y[n : n + 1]), 4, shared_dim
+    )
+    assert_factors(model.layer, expected)
+
+
+class Reversed(Rows):
+    """Every row is one example's, in another order than the logits'."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.arange(len(x)).flip(0)
+        return super().forward(x[order])[order]
+
+
+class Dead(Rows):
+    """The last example has no gradient at the layer, as behind a dead ReLU."""
+
+    def pooled(self, x: Tensor) -> Tensor:
+        alive = torch.arange(N)[-len(x) :] < N - 1 if len(x) == N else x[:, :1, 0] < torch.inf
+        return super().pooled(x) * alive.view(-1, 1)
+
+
+@STRATEGIES
+@pytest.mark.parametrize("length", [N, R, 2 * N])
+def test_examples_in_another_order_are_examples(shared_dim: str, length: int):
+    model, x, y = Reversed(), torch.randn(N, length, D), torch.randint(C, (N,))
+    fisher(model, shared_dim, ce, y, x)
+    for layer in (model.layer, model.head):
+        expected = empirical_factors(
+            layer, lambda n: ce(model(x[n : n + 1]), y[n : n + 1]), N, shared_dim
+        )
+        assert_factors(layer, expected)
+
+
+@pytest.mark.parametrize("length", [N, R])
+def test_an_example_without_a_gradient_contradicts_nothing(length: int):
+    model, x, y = Dead(), torch.randn(N, length, D), torch.randint(C, (N,))
+    fisher(model, "reduce", ce, y, x)
+    assert_factors(model.layer, (mean_of_outer(x.mean(1)), model.layer.fisher.kron.B))
+
+
+@pytest.mark.parametrize("length", [2 * N, R])
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_examples_that_are_mixed_two_by_two_are_still_examples(length: int, share: float):
+    """As mixup inside of a model does it: rows are of the example whose place they have."""
+
+    class Mixed(Rows):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.pooled(x)
+            return self.head((1 - share) * y + share * y.roll(1, 0))
+
+    model, x, y = Mixed(), torch.randn(N, length, D), torch.randint(C, (N,))
+    fisher(model, "reduce", ce, y, x)
+    assert_factors(model.layer, (mean_of_outer(x.mean(1)), model.layer.fisher.kron.B))
+
+
+def mean_of_outer(rows: Tensor) -> Tensor:
+    return rows.T @ rows / len(rows)
 
 
 # --------------------------------------------------------------------- calls that nothing reaches

@@ -1,0 +1,104 @@
+"""Stage 6 of a curvature step, for batches that are parts of a joint one: micro-batches, and the
+batches of several ranks.
+"""
+
+from __future__ import annotations
+
+from asdl.fisher import FisherMaker
+from asdl.symmatrix import SymMatrix
+from torch import nn
+
+from .commit import commit
+from .joint import joint_curvature
+from .micro_batches import MicroBatches
+from .operate import FISHER_FORWARD_ONLY
+from .plan import Plan
+from .ranks import Ranks
+from .shares import Share
+from .step import Step
+from .transaction import put_aside
+
+__all__ = ["JointBatches"]
+
+
+class JointBatches(FisherMaker):
+    """The part of :class:`~.fisher_maker.WeightSharingFisherMaker` that puts batches together.
+
+    Attributes:
+        decay: what the accumulated curvature is multiplied with before the new one is added.
+        least_weight: or, of an average without bias: the least weight that an update has.
+        micro_batches: those of the step, where there are several.
+        belongs_to_maker: whether a gradient maker sets all of this.
+        ranks: the processes that train together.
+        place: where they are in their training.
+        share: what this one's last batch was of the joint one.
+    """
+
+    plan: Plan
+    unseen: dict[nn.Module, str]
+    decay = 1.0
+    least_weight: float | None = None
+    micro_batches: MicroBatches | None = None
+    belongs_to_maker = False
+    ranks: Ranks
+    place = ""
+    share: Share
+
+    def commit_micro_batches(self) -> None:
+        """Stage 6 for the joint batch of several micro-batches."""
+        total = self.micro_batches
+        assert total is not None and total.step is not None
+        self.unseen = total.unseen
+        self._commit(total.joined(), total.step, total.share, total.positions)
+
+    def _add(
+        self,
+        results: list[tuple[nn.Module, SymMatrix]],
+        step: Step,
+        share: Share,
+        positions: dict[nn.Module, float],
+    ) -> None:
+        assert self.micro_batches is not None
+        is_mean = not step.has_data_size
+        self.micro_batches = self.micro_batches.added(
+            results,
+            self.unseen,
+            share,
+            positions,
+            step,
+            weigh_A=is_mean,
+            weigh_B=is_mean and self.config.fisher_type == FISHER_FORWARD_ONLY,
+        )
+
+    def _commit(
+        self,
+        results: list[tuple[nn.Module, SymMatrix]],
+        step: Step,
+        share: Share,
+        positions: dict[nn.Module, float],
+    ) -> None:
+        """Stage 6, of the joint batch of all ranks."""
+        self.share = share
+        if self.ranks.size > 1:
+            results = joint_curvature(
+                self.ranks,
+                f"{self.place}, curvature",
+                self.plan,
+                results,
+                self.unseen,
+                share,
+                positions,
+                step.has_data_size,
+                self.config.fisher_type == FISHER_FORWARD_ONLY,
+            )
+        if not self.belongs_to_maker:
+            put_aside(self.model)  # what a gradient maker has gathered is not this maker's
+        decay = self.decay if step.accumulate else None
+        commit(self.model, results, self.config.fisher_attr, decay, self.least_weight)
+
+    def _decide(self, num_terms: int, num_examples: int) -> None:
+        """Settle ``'auto'`` by the joint batch."""
+        if self.ranks.size > 1 and self.plan.setting is None and self.plan.is_auto:
+            rows = self.ranks.agree(f"{self.place}, setting", [num_terms, num_examples])
+            num_terms, num_examples = (int(sum(column)) for column in zip(*rows, strict=True))
+        self.plan.decide(num_terms, num_examples)
