@@ -1,16 +1,13 @@
 """A gradient maker for loops that call the model and ``backward()`` themselves.
 
-The engine is the gradient makers': a step that records hands them what it saw, and both ways end
-with the same bits. Hooks are on the model only while a step is due whose curvature is wanted, and
-open only during its forward pass.
+The engine is the gradient makers': a step hands them what :mod:`~.forward_passes` saw, and both
+ways end with the same bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,41 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .forward_passes import ForwardPasses, first_logits
 from .makers import KfacGradientMaker
-from .weight_sharing.capture import Captured, Record
-from .weight_sharing.fisher_maker import recording_of
-from .weight_sharing.nests import tensors_in
-from .weight_sharing.observe_loss import LossObserver
-from .weight_sharing.torch_private import remove_function_mode, unwrapped
+from .step_statistics import StepStatistics
+from .weight_sharing.blocks import LinearBlock
+from .weight_sharing.capture import Captured
+from .weight_sharing.plan import Plan
+from .weight_sharing.torch_private import unwrapped
 from .weight_sharing.training_config import TrainingConfig, recommended
 
 __all__ = ["Preconditioner"]
 
-logger = logging.getLogger("asdl_ws_plugin")
-
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(TrainingConfig)}
-
-
-@dataclasses.dataclass
-class _Forward:
-    """A forward pass that was seen, and whose backward pass was not yet."""
-
-    record: Record
-    output: Any
-    inputs: Any
-
-
-class _Watcher(LossObserver):
-    """Sees the loss being computed, and ``Tensor.backward`` being called on it."""
-
-    def __init__(self, on_backward: Callable[..., None]) -> None:
-        super().__init__()
-        self._on_backward = on_backward
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
-            return self._on_backward(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
 
 
 class Preconditioner:
@@ -90,7 +64,6 @@ class Preconditioner:
     Attributes:
         maker: the gradient maker, with its ``plan`` and ``setting``.
         enabled: whether curvature is recorded and gradients are preconditioned.
-        last_step: statistics of the last step.
         num_skipped: how many steps were skipped for a gradient that a GradScaler made overflow.
 
     Raises:
@@ -125,18 +98,19 @@ class Preconditioner:
         self.model = model
         self.maker = maker(unwrapped(model), config, **options)
         self.enabled = True
-        self.last_step: dict[str, Any] = {}
         self.num_skipped = 0
-        self._statistics = statistics
-        self._select = logits or _first_logits
-        self._handles: list[RemovableHandle] = []
-        self._opened: contextlib.ExitStack | None = None
-        self._forwards: list[_Forward] = []
-        self._watcher: _Watcher | None = None
-        self._seconds: dict[str, float] = {}
+        self._select = logits or first_logits
+        self._statistics = StepStatistics(self.maker, statistics)
+        has_ranks = self.maker.ranks.size > 1
+        self._passes = ForwardPasses(model, self.maker.plan, self._on_backward, has_ranks)
         self._overflowed = False
         self._seen_backward = False
         self._watch()
+
+    @property
+    def last_step(self) -> dict[str, Any]:
+        """Statistics of the last step; empty without ``statistics=True``."""
+        return self._statistics.last
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -162,21 +136,16 @@ class Preconditioner:
         if not self.enabled:
             return
         if self._overflowed:
-            self._forget()
-            self._watch()
+            self._next()
             return
-        maker = self.maker
         self._check_seen()
-        before = self._norm() if self._statistics else None
-        due = self._is_due()
+        before, due = self._statistics.norm(), self._is_due()
         try:
-            with self._timed("step"):
-                maker.finish_step()
+            with self._statistics.timed("step"):
+                self.maker.finish_step()
         finally:
-            self._forget()
-            self._watch()
-        if self._statistics:
-            self._note(before, due)
+            self._next()
+        self._statistics.note(before, due, self.num_skipped)
 
     def step_before(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Call :meth:`step` right before every ``optimizer.step()``, which may be somebody else's
@@ -197,7 +166,7 @@ class Preconditioner:
         """The parameters whose gradients are preconditioned, and the others, as ``torch.optim``
         takes them.
         """
-        inside = {id(p) for p in self._preconditioned()}
+        inside = {id(p) for p in _preconditioned(self.maker.plan)}
         groups: list[dict[str, Any]] = [
             {"params": [], "preconditioned": True},
             {"params": [], "preconditioned": False},
@@ -214,59 +183,54 @@ class Preconditioner:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there. Raises a ValueError if the state does not fit."""
         self.maker.load_state_dict(state_dict)
-        self._forget()
-        self._watch()
+        self._next()
 
     def close(self) -> None:
         """Take all hooks off the model; the preconditioner does nothing afterwards."""
         self.enabled = False
-        self._forget()
-        self._watch()
+        self._next()
 
-    # ----------------------------------------------------------------------------- what is recorded
+    # --------------------------------------------------------------------------- from step to step
 
     def _is_due(self) -> bool:
         return self.enabled and self.maker.do_update_curvature(self.maker.state["step"])
 
+    def _next(self) -> None:
+        """The step has ended; let go of what was seen for it, and look out for the next."""
+        self._passes.forget()
+        self._overflowed = False
+        self._watch()
+
     def _watch(self) -> None:
-        """Have hooks on the model if the next step needs its curvature, and none if not."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """See forward passes if the next step needs their curvature, or their loss: of several
+        ranks each is weighed by its terms.
+        """
         self._seen_backward = False
-        if not self._is_due():
-            return
-        model = self.model
-        self._handles = [
-            model.register_forward_pre_hook(self._open, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
-        ]
+        due = self._is_due()
+        self._passes.watch(self.enabled and (due or self.maker.ranks.size > 1), records=due)
 
-    def _open(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not model.training or not torch.is_grad_enabled() or self._opened is not None:
-            return
-        if not self.enabled:
-            return
-        if self._watcher is None:
-            self._watcher = _Watcher(self._on_backward)
-            self._watcher.__enter__()
-        plan = self.maker.plan
-        plan.check_still_complete()
-        self._opened = contextlib.ExitStack()
-        record = self._opened.enter_context(recording_of(plan))
-        if record.lineage is not None:
-            record.lineage.start(args, kwargs)
-        self._forwards.append(_Forward(record, None, [args, kwargs]))
+    def _has_backward(self) -> bool:
+        """Whether there is something to do: a backward pass since the last step."""
+        if self._is_due():
+            return self._seen_backward
+        return any(p.grad is not None for p in self.maker.model.parameters())
 
-    def _close(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._opened is None:
+    def _check_seen(self) -> None:
+        due = self._is_due()
+        if self._seen_backward or not (due or self._passes):
             return
-        self._opened.close()
-        self._opened = None
-        if output is None:  # the forward pass failed
-            self._forwards.pop()
-        else:
-            self._forwards[-1].output = output
+        why = "Curvature is due in this step" if due else "Ranks are weighed by their losses"
+        what = (
+            "the model was called, but loss.backward() was not, on what it returned"
+            if self._passes
+            else "no call of the model in training mode was"
+        )
+        raise RuntimeError(
+            f"{why}, and {what} seen. Call the module that the Preconditioner was given, in "
+            "training mode, and loss.backward() or prec.backward(loss)."
+        )
+
+    # ------------------------------------------------------------------------------ a backward pass
 
     def _on_backward(
         self,
@@ -276,193 +240,93 @@ class Preconditioner:
         create_graph: bool = False,
         inputs: Any = None,
     ) -> None:
-        """In the place of ``loss.backward()`` while a curvature step is being recorded."""
-        seen = [] if not self.enabled else self._forwards_of(loss)
+        """In the place of ``loss.backward()`` while forward passes are seen."""
+        seen = [] if not self.enabled else self._passes.of(loss)
         if not seen:
             loss.backward(gradient, retain_graph, create_graph, inputs)
             return
-        if len(seen) > 1:
-            raise ValueError(
-                f"The loss depends on {len(seen)} calls of the model. Make them one call of a "
-                "module that the Preconditioner is given, so that it is clear what an example is."
-            )
-        if gradient is not None or inputs is not None or create_graph:
-            raise ValueError(
-                "On a step with curvature, backward() takes no gradient, inputs or create_graph."
-            )
+        _check_backward(len(seen), gradient is not None or inputs is not None or create_graph)
         (forward,) = seen
-        assert self._watcher is not None
-        watcher = self._watcher
-        captured = Captured(
-            forward.record,
-            self._select(forward.output),
-            loss,
-            list(watcher.observations),
-            forward.inputs,
-            loss_scale=watcher.loss_scale,
-        )
+        captured = self._passes.take(forward, loss, self._select(forward.output))
         if all(p.grad is None for p in self.maker.model.parameters()):
             # Gradients were dropped since, as after a step that a GradScaler skipped.
             self.maker.fisher_maker.micro_batches = None
-        self._forwards.remove(forward)
-        watcher.observations.clear()
         self._seen_backward = True
-        with self._timed("curvature"), self._given(captured, forward.output):
-            self._add(captured, loss)
-        watcher.loss_scale = None
+        with self._statistics.timed("curvature"), _giving(self.maker, captured, forward.output):
+            self._add(captured, forward.joins)
 
-    def _add(self, captured: Captured, loss: Tensor) -> None:
+    def _add(self, captured: Captured, joins: bool) -> None:
         maker = self.maker
         if captured.loss_scale is None:
-            maker.add_micro_batch()
+            maker.add_micro_batch(joins)
             return
+        self._overflowed = False  # of a step that the scaler left out
         try:
-            maker.add_micro_batch()
-            grads = [p.grad for p in maker.model.parameters() if p.grad is not None]
-            norms = torch.stack([grad.abs().max().float() for grad in grads])
-            self._overflowed = not bool(torch.isfinite(norms).all())
+            maker.add_micro_batch(joins)
+            _check_finite(maker)
         except FloatingPointError:
             # The scaler looks for gradients that are not finite, skips the step and lowers its
             # scale.
             self._overflowed = True
+            self.num_skipped += 1
+            maker.fisher_maker.micro_batches = None
             for p in maker.model.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, torch.inf)
-        if self._overflowed:
-            self.num_skipped += 1
-            maker.fisher_maker.micro_batches = None
 
-    @contextlib.contextmanager
-    def _given(self, captured: Captured, output: Any) -> Iterator[None]:
-        """Let the gradient maker take what was captured in the place of calling the model."""
-        maker = self.maker
-        maker.setup_model_call(lambda: output)
-        maker.setup_loss_call(lambda: captured.loss)
-        maker.fisher_maker.given = captured
-        try:
-            yield
-        finally:
-            maker.fisher_maker.given = None
-            maker.setup_model_call(None)
-            maker._model_output = maker._loss = maker._logits = None
-            fisher_maker = maker.fisher_maker
-            fisher_maker._model_output = fisher_maker._loss = fisher_maker._logits = None
 
-    def _forwards_of(self, loss: Tensor) -> list[_Forward]:
-        """The forward passes that a loss depends on."""
-        nodes = {}
-        for forward in self._forwards:
-            for tensor in tensors_in(forward.output):
-                if tensor.grad_fn is not None:
-                    nodes[tensor.grad_fn] = forward
-        found: list[_Forward] = []
-        done = {loss.grad_fn}
-        todo = [loss.grad_fn]
-        while todo:
-            node = todo.pop()
-            if node in nodes:
-                if nodes[node] not in found:
-                    found.append(nodes[node])
-                continue
-            for other, _ in () if node is None else node.next_functions:
-                if other is not None and other not in done:
-                    done.add(other)
-                    todo.append(other)
-        return found
+def _check_finite(maker: Any) -> None:
+    """Raise a FloatingPointError if a gradient is not finite, on any rank: a scaler knows that of
+    its own only, and all have to skip the same steps.
+    """
+    grads = [p.grad for p in maker.model.parameters() if p.grad is not None]
+    norms = torch.stack([grad.abs().max().float() for grad in grads])
+    maker.ranks.begin()
+    if not bool(torch.isfinite(norms).all()):
+        error = FloatingPointError("Gradients overflow.")
+        maker.ranks.tell(error)
+        raise error
+    maker.ranks.agree(f"{maker.fisher_maker.place}, scaled gradients")
 
-    def _forget(self) -> None:
-        """Let go of what was seen for the step that has ended."""
-        self._forwards.clear()
-        self._overflowed = False
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
-        if self._watcher is not None:
-            remove_function_mode(self._watcher)
-            self._watcher = None
 
-    def _has_backward(self) -> bool:
-        """Whether there is something to do: a backward pass since the last step."""
-        if self._is_due():
-            return self._seen_backward
-        return any(p.grad is not None for p in self.maker.model.parameters())
-
-    def _check_seen(self) -> None:
-        if not self._is_due() or self._seen_backward:
-            return
-        what = (
-            "the model was called, but loss.backward() was not, on what it returned"
-            if self._forwards
-            else "no call of the model in training mode was"
-        )
-        raise RuntimeError(
-            f"Curvature is due in this step, and {what} seen. Call the module that the "
-            "Preconditioner was given, in training mode, and loss.backward() or "
-            "prec.backward(loss)."
-        )
-
-    # ----------------------------------------------------------------------------------- statistics
-
-    def _preconditioned(self) -> Iterator[nn.Parameter]:
-        for layer in self.maker.plan.layers:
-            for module in layer.modules:
-                for kind in ("weight", "bias"):
-                    p = (
-                        module.owned(kind)
-                        if hasattr(module, "owned")
-                        else getattr(module, kind, None)
-                    )
-                    if p is not None and p.requires_grad:
-                        yield p
-
-    def _norm(self) -> float:
-        norms = [p.grad.norm() for p in self.maker.model.parameters() if p.grad is not None]
-        return float(torch.stack(norms).norm()) if norms else 0.0
-
-    @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        if not self._statistics:
-            yield
-            return
-        start = time.perf_counter()
+@contextlib.contextmanager
+def _giving(maker: Any, captured: Captured, output: Any) -> Iterator[None]:
+    """Let a gradient maker take what was captured in the place of calling the model."""
+    maker.setup_model_call(lambda: output)
+    maker.setup_loss_call(lambda: captured.loss)
+    maker.fisher_maker.given = captured
+    try:
         yield
-        self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
-
-    def _note(self, norm_before: float | None, had_curvature: bool) -> None:
-        maker = self.maker
-        step = maker.state["step"] - 1
-        ages = self.last_step
-        has_inverse = maker.do_update_preconditioner(step)
-        self.last_step = {
-            "step": step,
-            "norm_before": norm_before,
-            "norm_after": self._norm(),
-            "damping": maker.config.damping,
-            "curvature_age": 0 if had_curvature else ages.get("curvature_age", 0) + 1,
-            "inverse_age": 0 if has_inverse else ages.get("inverse_age", 0) + 1,
-            "seconds": dict(self._seconds),
-            "left_out": {
-                layer.name: maker.fisher_maker.unseen[layer.module]
-                for layer in maker.plan.layers
-                if layer.module in maker.fisher_maker.unseen
-            },
-            "num_skipped": self.num_skipped,
-        }
-        self._seconds = {}
-        logger.info("step %d: %s", step, self.last_step)
+    finally:
+        maker.fisher_maker.given = None
+        maker.setup_model_call(None)
+        maker._model_output = maker._loss = maker._logits = None
+        fisher_maker = maker.fisher_maker
+        fisher_maker._model_output = fisher_maker._loss = fisher_maker._logits = None
 
 
-def _first_logits(output: Any) -> Tensor:
-    """The output, its ``logits``, or its first tensor."""
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    tensors = list(tensors_in(output))
-    if not tensors:
-        raise TypeError(
-            f"There is no tensor in the model's output, a {type(output).__name__}. Say which are "
-            "the logits: Preconditioner(..., logits=lambda output: ...)."
+def _check_backward(num_calls: int, has_arguments: bool) -> None:
+    """Refuse a backward pass that is not that of the loss of one call of the model."""
+    if num_calls > 1:
+        raise ValueError(
+            f"The loss depends on {num_calls} calls of the model. Make them one call of a "
+            "module that the Preconditioner is given, so that it is clear what an example is."
         )
-    return tensors[0]
+    if has_arguments:
+        raise ValueError(
+            "On a step with curvature, and with several ranks on every step, backward() takes no "
+            "gradient, inputs or create_graph."
+        )
+
+
+def _preconditioned(plan: Plan) -> Iterator[nn.Parameter]:
+    for layer in plan.layers:
+        for module in layer.modules:
+            for kind in ("weight", "bias"):
+                p: Any = (
+                    module.owned(kind)
+                    if isinstance(module, LinearBlock)
+                    else getattr(module, kind, None)
+                )
+                if p is not None and p.requires_grad:
+                    yield p

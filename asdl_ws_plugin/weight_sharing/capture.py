@@ -123,6 +123,7 @@ class Captured:
         reduction: what the loss function says of itself.
         num_terms: how many terms the loss says that it averages over.
         loss_scale: what a GradScaler has multiplied the loss with; ``None``: there is none.
+        has_labels: whether there is a term in the loss (see :mod:`~.no_labels`).
     """
 
     record: Record
@@ -133,6 +134,7 @@ class Captured:
     reduction: str | None = None
     num_terms: Any = None
     loss_scale: Tensor | None = None
+    has_labels: bool = True
 
 
 _records: list[Record] = []

@@ -41,11 +41,13 @@ from .likelihoods import LOSS_BINARY_CROSS_ENTROPY, check_var
 from .live import live_record
 from .logits import SELECT_LOGITS
 from .model_calls import ModelCalls, declared_reduction, recording_of
+from .no_labels import reading_without_labels, with_zero_loss
 from .operate import FISHER_FORWARD_ONLY, FISHER_TYPES, Estimate, operate
 from .plan import Plan
 from .probe import counted
-from .ranks import Ranks, Share
+from .ranks import Ranks
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .shares import Share
 from .step import NOT_GIVEN, Step, check_data_size
 from .torch_private import is_sharded_by_fsdp1, unwrapped
 from .unseen import UnseenReport, check_any_called
@@ -243,6 +245,10 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
             vec,
         )
         captured = self.capture() if self.given is None else self.given
+        if self.ranks.size > 1:
+            captured = with_zero_loss(captured)
+            if captured.loss is not None:
+                self._loss = captured.loss
         self.take(captured, step)
         if calc_inv and self.micro_batches is None:
             attr = self.config.fisher_attr
@@ -264,7 +270,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         scale_B = scales[0 if self.config.fisher_type == FISHER_FORWARD_ONLY else 1]
         estimate = self._estimate()
         operate(batch, captured, reading, count, estimate, scale_B, step.calc_loss_grad)
-        self._keep(batch, reading, step)
+        self._keep(batch, reading, step, captured.loss_scale)
 
     def _arranged(
         self,
@@ -282,7 +288,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         n, fvp, vec = count.num_examples, step.fvp, step.vec
         return Batch(self.model, plan, layers, record, arranged, n, scale, fvp, vec)
 
-    def _keep(self, batch: Batch, reading: Reading, step: Step) -> None:
+    def _keep(self, batch: Batch, reading: Reading, step: Step, loss_scale: Tensor | None) -> None:
         """Stage 6, for this batch or as a part of a joint one."""
         layers, record, n = batch.layers, batch.record, batch.num_examples
         self.unseen = batch.unseen()
@@ -293,7 +299,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         else:
             results = matrices_of(batch, self.unseen)
             is_alone = self.ranks.size == 1  # then nothing has to be read back from the device
-            share = Share(num_examples=n) if is_alone else share_of(reading, n)
+            share = Share(num_examples=n) if is_alone else share_of(reading, n, loss_scale)
             keep = self._commit if self.micro_batches is None else self._add
             keep(results, step, share, batch.mean_positions())
             self._unseen_report.report(layers, record, self.unseen)
@@ -318,9 +324,17 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         )
 
 
-def share_of(reading: Reading, num_examples: int = 0) -> Share:
-    """What the loss of one rank's batch is of the joint loss."""
-    weight, factor = reading.source.weight, float(reading.sum_factor)
+def share_of(
+    reading: Reading, num_examples: int = 0, loss_scale: Tensor | float | None = None
+) -> Share:
+    """What the loss of one rank's batch is of the joint loss. What a GradScaler multiplies it with
+    says nothing of that.
+    """
+    weight = reading.source.weight
+    factor = float(reading.sum_factor) if float(reading.num_terms) else 0.0
+    if loss_scale is not None:
+        factor *= float(loss_scale)
+        factor = 1.0 if abs(factor - 1) < 1e-6 else factor  # a sum, to the last bit
     kept = reading.num_rows if weight is None else int(torch.count_nonzero(weight))
     return Share(factor, factor, kept, num_examples)
 
@@ -334,6 +348,9 @@ def read(
     """
     has_curvature = config.fisher_type in (FISHER_EXACT, FISHER_MC)
     is_emp = config.fisher_type == FISHER_EMP
+    if not captured.has_labels:
+        reading = reading_without_labels(captured, config.loss_type)
+        return reading.with_parts(1, of_loss=not has_data_size) if has_curvature else reading
     num_examples = None
     if has_curvature:
         num_examples = count_examples(plan.layers, plan.layouts, captured).num_examples

@@ -146,14 +146,15 @@ class WeightSharing(TransactionalSteps, Inversion, Resuming):
 
     @full_precision()
     def precondition(self, *args: Any, **kwargs: Any) -> None:
-        """Upstream's, of the joint gradient."""
-        if self.ranks.size > 1 and not args and kwargs.get("vectors") is None:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            what = f"{self.fisher_maker.place}, gradients"
-            self.ranks.average_gradients(what, parameters, self.fisher_maker.share)
+        """Upstream's, of the joint gradient. It ends on all ranks, or on none."""
         given = bool(args or kwargs.get("vectors"))
+        is_together = self.ranks.size > 1 and not given
+        if is_together and not self._grads_are_joint:
+            self._average(self.fisher_maker.share)
         with nullcontext() if given else self._step():
             super().precondition(*args, **kwargs)
+        if is_together:
+            self.ranks.end(f"{self.fisher_maker.place}, preconditioned")
 
 
 def _trainable(module: Any) -> list[Any]:

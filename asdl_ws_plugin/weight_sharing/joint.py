@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from asdl.symmatrix import SymMatrix
 from torch import nn
 
+from .agreement import signature
 from .blocks import input_group
+from .layout import MaskOf
 from .matrices import (
     IS_A,
     NUM_PARTS,
@@ -21,7 +22,8 @@ from .matrices import (
     with_data,
 )
 from .plan import Plan
-from .ranks import Ranks, Share, Shares, signature
+from .ranks import Ranks
+from .shares import Share
 from .state_dict import plan_state
 
 __all__ = ["joint_curvature", "owners", "share_inverses"]
@@ -36,6 +38,7 @@ def joint_curvature(
     share: Share,
     positions: dict[nn.Module, float],
     data_size_given: bool,
+    weigh_B_by_examples: bool = False,
 ) -> list[tuple[nn.Module, SymMatrix]]:
     """The curvature that one process with the joint batch would have, the same on all ranks.
 
@@ -51,6 +54,7 @@ def joint_curvature(
         share: what this rank's batch is of the joint one.
         positions: mean number of positions of an example, of layers whose A is divided by it.
         data_size_given: the curvature is divided by a ``data_size``, that of one rank's batch.
+        weigh_B_by_examples: B is a mean over examples as A is, and does not know the loss.
 
     Raises:
         ValueError: batches have settled different things on the ranks.
@@ -74,7 +78,12 @@ def joint_curvature(
     columns = list(zip(*everyone, strict=True))
 
     def weight(i: int) -> float:
-        return _weight(shares, columns[i // NUM_PARTS], IS_A[i % NUM_PARTS], data_size_given)
+        is_A = IS_A[i % NUM_PARTS]
+        if data_size_given:
+            of_batch = shares.of_ranks
+        else:
+            of_batch = shares.of_examples if is_A or weigh_B_by_examples else shares.of_terms
+        return of_batch * (shares.of_positions(columns[i // NUM_PARTS]) if is_A else 1.0)
 
     summed = ranks.sum_(data, weight, are_same)
     if are_same:
@@ -90,40 +99,38 @@ def joint_curvature(
     return joint
 
 
-def _weight(
-    shares: Shares, positions: Sequence[float | None], is_A: bool, data_size_given: bool
-) -> float:
-    of_batch = shares.of_examples if is_A else shares.of_terms
-    return (shares.of_ranks if data_size_given else of_batch) * (
-        shares.of_positions(positions) if is_A else 1.0
-    )
-
-
 def _settle_together(plan: Plan, states: list[dict[str, Any]]) -> None:
     """Let what any rank's batches have settled be settled on this one, too."""
     modules = dict(plan.model.named_modules())
+    masks = [
+        {(name, call): of and tuple(of) for name, call, of in state["graph"]["masks"]}
+        for state in states
+    ]
     layouts = [state["layouts"] for state in states]
     roles = [{(name, call): role for name, call, role in state["roles"]} for state in states]
     for (name, call), role in _agreed(roles, "the role of layer '{0[0]}'").items():
         plan.layouts.roles[modules[name], call] = role
+    for (name, call), mask in _agreed(masks, "the padding mask of layer '{0[0]}'").items():
+        plan.layouts.masks[modules[name], call] = None if mask is None else MaskOf(*mask)
     for name, layout in _agreed(layouts, "the layout of layer '{0}'").items():
         plan.layouts.settled[modules[name]] = layout
 
 
-def _agreed(settled: list[dict[Any, str]], what: str) -> dict[Any, str]:
-    joint: dict[Any, str] = {}
+def _agreed(settled: list[dict[Any, Any]], what: str) -> dict[Any, Any]:
+    joint: dict[Any, Any] = {}
     for entries in settled:
         for key, value in entries.items():
             if joint.setdefault(key, value) != value:
                 found = ", ".join(
-                    f"'{other[key]}' on rank {rank}"
+                    f"{other[key]!r} on rank {rank}"
                     for rank, other in enumerate(settled)
                     if key in other
                 )
                 raise ValueError(
                     f"The first batches show {what.format(key)} to be {found}. Say which it is: a "
                     "layout by a rule in shared_dim, as in ('encoder', 'reduce', "
-                    "'sequence_first'); a role with convert(model, roles=...)."
+                    "'sequence_first'); a role with convert(model, roles=...); a padding mask by "
+                    "a role of its name."
                 )
     return joint
 

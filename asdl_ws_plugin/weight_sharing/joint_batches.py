@@ -13,7 +13,8 @@ from .joint import joint_curvature
 from .micro_batches import MicroBatches
 from .operate import FISHER_FORWARD_ONLY
 from .plan import Plan
-from .ranks import Ranks, Share
+from .ranks import Ranks
+from .shares import Share
 from .step import Step
 from .transaction import put_aside
 
@@ -88,6 +89,7 @@ class JointBatches(FisherMaker):
                 share,
                 positions,
                 step.has_data_size,
+                self.config.fisher_type == FISHER_FORWARD_ONLY,
             )
         if not self.belongs_to_maker:
             put_aside(self.model)  # what a gradient maker has gathered is not this maker's

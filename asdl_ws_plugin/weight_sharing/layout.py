@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -144,6 +144,26 @@ class LayoutBook:
     def given(self, module: nn.Module) -> str | None:
         """The layout that a rule gives a module, or the modules around it."""
         return self.rule.get(module, self.declared.get(module))
+
+    def positions_of(self, module: nn.Module) -> list[dict[str, Any]]:
+        """What batches have settled of the rows of each of a module's calls: their role, or their
+        padding mask and how many real positions are in front of its own and behind.
+        """
+        calls = sorted(call for of, call in {*self.roles, *self.masks} if of is module)
+        found = []
+        for call in calls:
+            entry: dict[str, Any] = {"call": call}
+            if (module, call) in self.roles:
+                entry["role"] = self.roles[module, call]
+            if (module, call) in self.masks:
+                mask = self.masks[module, call]
+                entry["mask"] = mask and {
+                    "name": mask.name,
+                    "before": mask.before,
+                    "after": mask.after,
+                }
+            found.append(entry)
+        return found
 
     def note(
         self, name: str, module: nn.Module, call: int, sizes: Sequence[int], finding: Finding

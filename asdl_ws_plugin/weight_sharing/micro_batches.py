@@ -16,7 +16,7 @@ from asdl.symmatrix import SymMatrix
 from torch import nn
 
 from .matrices import merge, shared_tensors
-from .ranks import Share
+from .shares import Share
 
 __all__ = ["MicroBatches"]
 
@@ -32,6 +32,7 @@ class MicroBatches:
         means: mean positions of an example in each, of layers whose A is divided by that.
         unseen: the modules that no micro-batch has reached, and why the last one did not.
         step: what is wanted of the curvature.
+        is_joint: whether ``.grad`` has the gradients of all ranks already.
         weigh_A, weigh_B: whether the factor is a mean over examples, and not divided by a
             ``data_size`` that was given.
     """
@@ -44,6 +45,7 @@ class MicroBatches:
     step: Any = None
     weigh_A: bool = True
     weigh_B: bool = False
+    is_joint: bool = False
 
     def added(
         self,
@@ -69,6 +71,7 @@ class MicroBatches:
             step,
             weigh_A,
             weigh_B,
+            self.is_joint,
         )
         if self.count:
             total._scale(results, partial(total._weight, self.count))

@@ -108,6 +108,35 @@ class Plan:
         ]
         return "\n  ".join([f"Plan of {len(layers)} layers", *lines])
 
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as data, which ``json`` writes: what ``print(gm.plan)`` says, and more.
+
+        ``"setting"`` is what ``'auto'`` decided. ``"layers"`` has an entry for each layer, with its
+        ``"name"``, ``"class"``, ``"shape"``, ``"strategy"`` (``None``: not decided yet),
+        ``"layout"`` (``None``: not settled yet), ``"positions"`` (the role of the rows or the
+        padding mask of each call, as far as batches have settled it), ``"tied"`` (the names of
+        other modules with its weight) and ``"frozen"``. ``"left_out"`` maps the names of all other
+        modules with parameters of their own to the reason, but for those of ``ignore_modules``.
+        """
+        trainable = {layer.module for layer in self.layers}
+        layers = [
+            {
+                "name": layer.name,
+                "class": type(layer.module).__name__,
+                "shape": layer.shape,
+                "strategy": self.strategy_of(layer),
+                "layout": self.layouts.given(layer.module)
+                or self.layouts.settled.get(layer.module),
+                "positions": self.layouts.positions_of(layer.module),
+                "tied": [name for name, _ in layer.tied],
+                "frozen": layer.module not in trainable,
+            }
+            for layer in self._selected
+            if layer.name not in self.skipped
+        ]
+        left_out = {name: str(reason) for name, reason in (self.skipped | self.unsupported).items()}
+        return {"setting": self.setting, "layers": layers, "left_out": left_out}
+
     # ----------------------------------------------------------------------------------- the layers
 
     def __contains__(self, module: nn.Module) -> bool:

@@ -7,20 +7,24 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from .agreement import RankFailure
 from .commit import invert
 from .fisher_maker import check_batch, check_setup, share_of
 from .micro_batches import MicroBatches
 from .model_calls import declared_reduction
+from .no_labels import has_no_label, zero_loss
 from .observe_loss import LossObserver, loss_and_count
 from .positions import take_own_positions
-from .ranks import RankFailure, Share, unsynchronized
 from .reading import read_loss
+from .shares import Share
 from .training import TrainingOptions
 from .transaction import Snapshot, carry
+from .wrappers import unsynchronized
 
 __all__ = ["TransactionalSteps"]
 
@@ -36,6 +40,8 @@ class TransactionalSteps(TrainingOptions):
     skip_nonfinite = False
     #: How many steps were skipped.
     num_skipped = 0
+    _grads_are_joint = False
+    _logits: Any
 
     def forward_and_backward(self, accumulate: bool = False) -> tuple[Any, Tensor]:
         """One step: the gradient of the loss exactly as it was passed, preconditioned, added to
@@ -59,17 +65,21 @@ class TransactionalSteps(TrainingOptions):
             self.finish_step()
         return self._model_output, self._loss
 
-    def add_micro_batch(self) -> None:
+    def add_micro_batch(self, joint: bool = False) -> None:
         """The gradient of a micro-batch is added to ``.grad``, and its curvature to that of the
         step.
 
         An error leaves both as they were.
+
+        Args:
+            joint: with several ranks, ``.grad`` has the gradients of all of them at the end of this
+                call, as DistributedDataParallel leaves them, and not only at that of the step.
         """
         maker = self.fisher_maker
         before = maker.micro_batches
         maker.micro_batches = before or MicroBatches()
         try:
-            with self._transaction():
+            with self._transaction() as snapshot:
                 check_setup(self, needs_loss=True)
                 step = self.state["step"]
                 if self.do_forward_and_backward(step):
@@ -78,9 +88,30 @@ class TransactionalSteps(TrainingOptions):
                     maker.micro_batches = maker.micro_batches.with_share(maker.share)
                 if self.do_update_curvature(step):
                     self.update_curvature()
+                if self.ranks.size > 1 and (joint or maker.micro_batches.is_joint):
+                    self._join_gradients(snapshot)
         except BaseException:
             maker.micro_batches = before
             raise
+
+    def _join_gradients(self, snapshot: Snapshot) -> None:
+        """Let ``.grad`` be that of the joint micro-batch; earlier ones that are a rank's own yet
+        are joined with it.
+        """
+        maker = self.fisher_maker
+        batches = maker.micro_batches
+        assert batches is not None
+        share = batches.shares[-1]
+        if not batches.is_joint and len(batches.shares) > 1:
+            snapshot.add_grads()
+            share = batches.share
+        self._average(share)
+        maker.micro_batches = replace(batches, is_joint=True)
+
+    def _average(self, share: Share) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        what = f"{self.fisher_maker.place}, gradients"
+        self.ranks.average_gradients(what, parameters, share)
 
     def finish_step(self) -> None:
         """Upstream's step after its gradient and curvature: the average, the inverses, and the
@@ -90,6 +121,7 @@ class TransactionalSteps(TrainingOptions):
         dropped, and so are the gradients if preconditioning had begun.
         """
         maker, step = self.fisher_maker, self.state["step"]
+        self._grads_are_joint = maker.micro_batches is not None and maker.micro_batches.is_joint
         try:
             with self._transaction(with_grads=False), self._noting_updates():
                 self._startup()
@@ -101,6 +133,7 @@ class TransactionalSteps(TrainingOptions):
                 self.state["step"] += 1
         finally:
             maker.micro_batches = None
+            self._grads_are_joint = False
 
     def _commit_micro_batches(self) -> None:
         maker = self.fisher_maker
@@ -122,7 +155,7 @@ class TransactionalSteps(TrainingOptions):
             raise
 
     @contextlib.contextmanager
-    def _transaction(self, with_grads: bool = True) -> Iterator[None]:
+    def _transaction(self, with_grads: bool = True) -> Iterator[Snapshot]:
         """All or nothing, on all ranks; with :attr:`skip_nonfinite`, nothing is no error.
 
         Args:
@@ -137,7 +170,7 @@ class TransactionalSteps(TrainingOptions):
                 before.set_aside_grads()
             self.fisher_maker.place = f"step {before.step}"
             with unsynchronized(self._model_fn) if self.ranks.size > 1 else nullcontext():
-                yield
+                yield before
             if with_grads:
                 before.add_grads()
         except BaseException as error:
@@ -155,7 +188,7 @@ class TransactionalSteps(TrainingOptions):
 
     def call_loss(self) -> Tensor:
         """Upstream's, with the losses of AlgoPerf's workloads understood, too."""
-        self._loss, _ = loss_and_count(super().call_loss())
+        self._loss, self._num_terms = loss_and_count(super().call_loss())
         return self._loss
 
     def forward(self) -> None:
@@ -167,18 +200,19 @@ class TransactionalSteps(TrainingOptions):
             super().forward()
             check_batch(self._logits, self._loss)
             return
-        observer = LossObserver()
+        maker, observer, given = self.fisher_maker, LossObserver(), self.fisher_maker.given
         with observer if self._loss_fn is None else nullcontext():
             self.call_model()
         with observer:
             self.call_loss()
+        observations, scale = observer.observations, observer.loss_scale
+        if given is not None:  # the user's own calls
+            observations, scale = list(given.observations), given.loss_scale
+            self._logits = given.logits
+        if has_no_label(self._loss, observations, self._logits, self._num_terms):
+            self._loss, maker.share = zero_loss(self._logits), Share(0.0, 0.0)
+            return
         check_batch(self._logits, self._loss)
-        self.fisher_maker.share = share_of(
-            read_loss(
-                self._loss,
-                observer.observations,
-                self._logits,
-                None,
-                reduction=declared_reduction(self._loss_fn, self._loss_fn_kwargs),
-            )
-        )
+        reduction = declared_reduction(self._loss_fn, self._loss_fn_kwargs)
+        reading = read_loss(self._loss, observations, self._logits, None, reduction=reduction)
+        maker.share = share_of(reading, loss_scale=scale)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = [
     "AnyBatchNorm",
+    "active_wrapper",
     "base_of",
     "canonical_mask",
     "eagerly",
@@ -137,6 +138,13 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         else:
             return model
+
+
+def active_wrapper() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward pass goes on; nothing else leads from the module
+    inside to it.
+    """
+    return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
 @contextlib.contextmanager

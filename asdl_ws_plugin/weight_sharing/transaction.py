@@ -86,6 +86,7 @@ class Snapshot:
         self.step = maker.state["step"]
         self.grads = {p: p.grad for p in maker.model.parameters()} if with_grads else {}
         self.sums: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.are_added = False
         self.matrices = {m: maker._get_module_fisher(m) for m in maker.model.modules()}
         self.inverses = [
             entry
@@ -110,7 +111,10 @@ class Snapshot:
             p.grad = None
 
     def add_grads(self) -> None:
-        """Add this step's gradients to those that were there, in the tensors that those are."""
+        """Add this step's gradients, once, to those that were there, in the same tensors."""
+        if self.are_added:
+            return
+        self.are_added = True
         held = [(p, grad) for p, grad in self.grads.items() if grad is not None]
         self.sums = [(grad, grad.clone()) for p, grad in held if p.grad is not None]
         for p, grad in held:
