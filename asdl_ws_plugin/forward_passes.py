@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .weight_sharing.capture import Captured, Record
 from .weight_sharing.fisher_maker import recording_of
+from .weight_sharing.nests import tensors_in
 from .weight_sharing.observe_loss import LossObserver
 from .weight_sharing.plan import Plan
 from .weight_sharing.torch_private import active_wrapper, remove_function_mode
@@ -154,7 +155,7 @@ class ForwardPasses:
         """The forward passes that a loss depends on."""
         nodes = {}
         for forward in self._forwards:
-            for tensor in _tensors(forward.output):
+            for tensor in tensors_in(forward.output):
                 if tensor.grad_fn is not None:
                     nodes[tensor.grad_fn] = forward
         found: list[Forward] = []
@@ -191,17 +192,6 @@ class ForwardPasses:
         return captured
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    if isinstance(values, (list, tuple)) or isinstance(output, dict):
-        return [tensor for value in values for tensor in _tensors(value)]
-    if dataclasses.is_dataclass(output):
-        return _tensors(list(vars(output).values()))
-    return []
-
-
 def first_logits(output: Any) -> Tensor:
     """The output, its ``logits``, or its first tensor.
 
@@ -212,7 +202,7 @@ def first_logits(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    tensors = _tensors(output)
+    tensors = list(tensors_in(output))
     if not tensors:
         raise TypeError(
             f"There is no tensor in the model's output, a {type(output).__name__}. Say which are "

@@ -133,6 +133,9 @@ class _WithWeightSharing:
             jacobians = jacobians[:, :, self.subnetwork_indices]
         return jacobians.detach(), output.detach()
 
+    # What laplace-torch takes for linearized predictions, of backends with ASDL in their name.
+    functorch_jacobians = jacobians
+
     def kron(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Kron]:
         _check_biases(self.model)  # type: ignore[attr-defined]
         loss, kron = super().kron(*args, **kwargs)  # type: ignore[misc]

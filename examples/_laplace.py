@@ -41,6 +41,12 @@ __all__ = [
 ]
 
 
+class Quiet(AsdlGGN):
+    """The same. laplace-torch warns that a backend with ASDL in its name predicts slowly, which
+    this package's do not.
+    """
+
+
 def freeze_others(model: nn.Module) -> None:
     """Leave only linear layers and convolutions free: laplace-torch knows no curvature of the
     parameters of normalizations and no position embeddings.
@@ -64,7 +70,7 @@ def fit(model: nn.Module, data: Any, shared_dim: str, validation: Any) -> tuple[
         "classification",
         subset_of_weights="all",
         hessian_structure="kron",
-        backend=AsdlGGN,
+        backend=Quiet,
         asdl_fisher_kwargs={"shared_dim": shared_dim},  # this line switches
     )
     posterior.fit(data)

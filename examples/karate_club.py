@@ -68,6 +68,8 @@ def train(settings: Settings, data: Any, steps: int, seed: int) -> tuple[list[fl
     optimizer = make(model.parameters(), lr=settings.lr)
     maker: Any = asdl.GradientMaker(model)
     if settings.damping is not None:
+        # Not the preset: it keeps the gradient's norm, so that SGD's steps are as short as without
+        # K-FAC, and lr 0.3 does not reach a loss of 0.1 in 50 steps. Eq. 3.31's own step takes 7.
         config = asdl.PreconditioningConfig(damping=settings.damping, ema_decay=1.0)
         maker = asdl.KfacGradientMaker(
             model, config, fisher_type="fisher_exact", shared_dim="expand"

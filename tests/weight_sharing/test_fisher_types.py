@@ -455,7 +455,7 @@ def test_forward_only_has_the_identity_for_B(shared_dim: str, pool: bool):
             assert torch.equal(module.fisher.kron.B, torch.eye(module.out_features) * N / data_size)
 
 
-PROBES = 3
+PROBES = 5
 """Backward passes of the first batch that look at what its examples touch."""
 
 
@@ -494,7 +494,7 @@ def test_number_of_backward_passes(
     shared_dim: str, fisher_type: str, options: dict[str, Any], passes: int
 ):
     """Of a step in the reduce setting, the gradient's own included; a step without curvature has
-    one. The first batch has three more, which look at what its examples touch.
+    one. The first batch has five more, which look at what its examples touch.
     """
     model, x, target = Counting(pool=True), torch.randn(N, R, 4), torch.randint(C, (N,))
     config = asdl.PreconditioningConfig(

@@ -203,6 +203,7 @@ def test_jacobians_are_taken_of_one_example_at_a_time(monkeypatch: pytest.Monkey
     whole, _ = curvature.CurvatureInterface.jacobians(backend, x)
     monkeypatch.setattr(curvature.CurvatureInterface, "jacobians", None)
     torch.testing.assert_close(backend.jacobians(x)[0], whole)
+    torch.testing.assert_close(backend.functorch_jacobians(x)[0], whole)  # as in predictions
     backend.subnetwork_indices = torch.tensor([0, 5, 11])
     torch.testing.assert_close(backend.jacobians(x)[0], whole[..., [0, 5, 11]])
 
