@@ -350,24 +350,24 @@ def first_setting(rank: int, world: int) -> Any:
 
 def labels(rank: int, world: int, seed: int | None) -> list[Any]:
     """B of three batches, for the same input on both ranks, before it is averaged."""
-    from asdl_ws_plugin.weight_sharing import fisher_maker
+    from asdl_ws_plugin.weight_sharing import joint_batches
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     maker = make(model, fisher_type="fisher_mc", seed=seed)
     seen: list[Any] = []
-    original = fisher_maker.joint_curvature
+    original = joint_batches.joint_curvature
 
     def spy(ranks: Any, what: str, plan: Any, results: Any, *rest: Any) -> Any:
         seen.append(results[0][1].kron.B.tolist())
         return original(ranks, what, plan, results, *rest)
 
-    fisher_maker.joint_curvature = spy
+    joint_batches.joint_curvature = spy
     try:
         for _ in range(3):
             make_step(maker, model, *batch(0))
     finally:
-        fisher_maker.joint_curvature = original
+        joint_batches.joint_curvature = original
     return [seen, torch.randint(2**31, ()).item()]
 
 
