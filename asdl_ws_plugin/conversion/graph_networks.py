@@ -143,8 +143,16 @@ def _pyg_classes() -> dict[str, type[nn.Module]]:
     them.
     """
     from torch_geometric.nn import GCNConv
+
+    classes = {"PygLinear": _pyg_linear(), "AggregateFirstGCNConv": _aggregate_first_gcn_conv()}
+    for name, cls in classes.items():
+        cls.__module__, cls.__qualname__ = __name__, name
+        setattr(sys.modules[__name__], name, cls)
+    return {**classes, "GCNConv": GCNConv}
+
+
+def _pyg_linear() -> type[nn.Module]:
     from torch_geometric.nn import Linear as Plain
-    from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
     class PygLinear(Plain, WeightSharingLinear):
         """``torch_geometric.nn.Linear`` that is a :class:`~asdl_ws_plugin.WeightSharingLinear`."""
@@ -164,6 +172,13 @@ def _pyg_classes() -> dict[str, type[nn.Module]]:
             finally:
                 if lent is not None:
                     self.__dict__["bias"] = lent
+
+    return PygLinear
+
+
+def _aggregate_first_gcn_conv() -> type[nn.Module]:
+    from torch_geometric.nn import GCNConv
+    from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
     class AggregateFirstGCNConv(GCNConv):
         """``GCNConv`` whose Linear sees aggregated rows, one for each node: ``φ(W x̃_n)`` of eq.
@@ -200,11 +215,7 @@ def _pyg_classes() -> dict[str, type[nn.Module]]:
                     setattr(self, cache, found)
             return (found, edge_weight) if is_matrix else found
 
-    classes = {"PygLinear": PygLinear, "AggregateFirstGCNConv": AggregateFirstGCNConv}
-    for name, cls in classes.items():
-        cls.__module__, cls.__qualname__ = __name__, name
-        setattr(sys.modules[__name__], name, cls)
-    return {**classes, "GCNConv": GCNConv}
+    return AggregateFirstGCNConv
 
 
 def __getattr__(name: str) -> Any:

@@ -166,6 +166,52 @@ def approximation_error(
             batch normalization in training mode.
         torch.linalg.LinAlgError: a damped matrix is not positive definite.
     """
+    _check_arguments(model, loss_type, compare, damping)
+    batches = _batches(data)
+    shared_dim = [EXPAND, *rules]
+    chosen, skipped = _choose(model, shared_dim, layers, max_weights)
+    options: dict[str, Any] = {"loss_type": loss_type, "var": var, "shared_dim": shared_dim}
+    options |= {"fisher_type": FISHER_EXACT, "fisher_shapes": [SHAPE_KRON], "data_size": 1}
+    rows: list[LayerComparison] = []
+    totals: tuple[int, float] = (0, 0.0)
+    for group in _groups(chosen, max_weights):
+        config = FisherConfig(ignore_modules=_all_but(model, group), **options)
+        comparison = Comparison(model, config, tuple(compare))
+        with unchanged(model), torch.enable_grad():
+            for args, kwargs, targets in batches:
+                comparison.add(logits, loss or _mean_loss(loss_type), args, kwargs, targets)
+        totals = max(totals, (comparison.num_examples, comparison.num_terms))
+        for layer in group:
+            found = _compared(comparison, layer, totals, damping)
+            if isinstance(found, LayerComparison):
+                rows.append(found)
+            elif layers is not None:
+                raise LayerError(layer.name, found)
+            else:
+                skipped[layer.name] = found
+    if not rows:
+        raise ValueError(_nothing_to_compare(skipped))
+    return ApproximationError(rows, skipped, *totals, damping)
+
+
+def _compared(
+    comparison: Comparison, layer: Layer, totals: tuple[int, float], damping: float | None
+) -> LayerComparison | str:
+    """A layer's row, or why there is none. Its exact block is let go of, and its memory with it."""
+    block = comparison.blocks.pop(layer.module)
+    reason = block.why_not()
+    if reason is not None:
+        return reason
+    errors, cosines = block.compared(*totals, damping)
+    return LayerComparison(layer.name, type(layer.module).__name__, block.sizes, errors, cosines)
+
+
+# ---------------------------------------------------------------------------------- what to compare
+
+
+def _check_arguments(
+    model: nn.Module, loss_type: str, compare: Sequence[str], damping: float | None
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
     if loss_type not in LOSS_TYPES:
@@ -183,57 +229,20 @@ def approximation_error(
                 "batch, so that an example's logits depend on the other examples and there is no "
                 "block for each. Call model.eval()."
             )
+
+
+def _batches(data: Any) -> list[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+    """Of every batch the model's arguments and the targets."""
     batches = [data] if isinstance(data, tuple) else data
     if not isinstance(batches, Iterable):
         raise TypeError(
             "data has to be a tuple (inputs, targets) or an iterable of them, got "
             f"{type(data).__name__}."
         )
-    batches = [_checked(batch) for batch in batches]
-    if not batches:
+    checked = [_checked(batch) for batch in batches]
+    if not checked:
         raise ValueError("data has no batches.")
-
-    shared_dim = [EXPAND, *rules]
-    chosen, skipped = _choose(model, shared_dim, layers, max_weights)
-    rows: list[LayerComparison] = []
-    totals: tuple[int, float] = (0, 0.0)
-    for group in _groups(chosen, max_weights):
-        config = FisherConfig(
-            FISHER_EXACT,
-            [SHAPE_KRON],
-            loss_type=loss_type,
-            var=var,
-            shared_dim=shared_dim,
-            data_size=1,
-            ignore_modules=_all_but(model, group),
-        )
-        comparison = Comparison(model, config, tuple(compare))
-        function = loss if loss is not None else _mean_loss(loss_type)
-        with unchanged(model), torch.enable_grad():
-            for args, kwargs, targets in batches:
-                comparison.add(logits, function, args, kwargs, targets)
-        totals = max(totals, (comparison.num_examples, comparison.num_terms))
-        for layer in group:
-            block = comparison.blocks.pop(layer.module)  # its memory goes with it
-            reason = block.why_not()
-            if reason is None:
-                errors, cosines = block.compared(*totals, damping)
-                rows.append(
-                    LayerComparison(
-                        layer.name, type(layer.module).__name__, block.sizes, errors, cosines
-                    )
-                )
-            elif layers is not None:
-                raise LayerError(layer.name, reason)
-            else:
-                skipped[layer.name] = reason
-        del block
-    if not rows:
-        raise ValueError(_nothing_to_compare(skipped))
-    return ApproximationError(rows, skipped, *totals, damping)
-
-
-# ---------------------------------------------------------------------------------- what to compare
+    return checked
 
 
 def _checked(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -276,6 +285,28 @@ def _choose(
     """
     if isinstance(keys, (str, nn.Module)):
         keys = [keys]
+    candidates, reasons = _candidates(model, shared_dim, max_weights)
+    if keys is None:
+        modules = dict(model.named_modules())
+        skipped = {
+            n: why for n, why in reasons.items() if not isinstance(modules[n], NORMALIZATIONS)
+        }
+        if not candidates:
+            raise ValueError(_nothing_to_compare(skipped))
+        return candidates, skipped
+    chosen: list[Layer] = []
+    for key in keys:
+        matching = [layer for layer in candidates if _matches(layer, key)]
+        if not matching:
+            raise ValueError(_matches_nothing(model, key, candidates, reasons))
+        chosen += [layer for layer in matching if layer not in chosen]
+    return chosen, {}
+
+
+def _candidates(
+    model: nn.Module, shared_dim: list[Any], max_weights: int
+) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that can be compared, and why others cannot."""
     reasons: dict[str, str] = {}
     plan = Plan(
         model,
@@ -296,36 +327,25 @@ def _choose(
             )
         else:
             candidates.append(layer)
-    if keys is None:
-        modules = dict(model.named_modules())
-        skipped = {
-            n: why for n, why in reasons.items() if not isinstance(modules[n], NORMALIZATIONS)
-        }
-        if not candidates:
-            raise ValueError(_nothing_to_compare(skipped))
-        return candidates, skipped
-    chosen: list[Layer] = []
-    for key in keys:
-        matching = [
-            layer
-            for layer in candidates
-            if any(
-                matches_any(name, module, [key])
-                for name, module in [(layer.name, layer.module), *layer.tied]
-            )
-        ]
-        if not matching:
-            named = [
-                n for n, m in model.named_modules() if n in reasons and matches_any(n, m, [key])
-            ]
-            why = [f"'{n}': {reasons[n]}" for n in named]
-            known = ", ".join(repr(layer.name) for layer in candidates[:8]) or "none"
-            raise ValueError(
-                f"layers: {describe_key(key)} matches no layer with Kronecker factors that can be "
-                "compared. " + ("; ".join(why) or f"There are {known}.")
-            )
-        chosen += [layer for layer in matching if layer not in chosen]
-    return chosen, {}
+    return candidates, reasons
+
+
+def _matches(layer: Layer, key: Any) -> bool:
+    """Whether a key of the user's stands for a layer, or for one that is tied to it."""
+    modules = [(layer.name, layer.module), *layer.tied]
+    return any(matches_any(name, module, [key]) for name, module in modules)
+
+
+def _matches_nothing(
+    model: nn.Module, key: Any, candidates: list[Layer], reasons: dict[str, str]
+) -> str:
+    named = [n for n, m in model.named_modules() if n in reasons and matches_any(n, m, [key])]
+    why = "; ".join(f"'{n}': {reasons[n]}" for n in named)
+    known = ", ".join(repr(layer.name) for layer in candidates[:8]) or "none"
+    return (
+        f"layers: {describe_key(key)} matches no layer with Kronecker factors that can be "
+        "compared. " + (why or f"There are {known}.")
+    )
 
 
 def _nothing_to_compare(reasons: dict[str, str]) -> str:

@@ -17,22 +17,19 @@ import torch
 from asdl.matrices import SHAPE_KRON, SHAPE_UNIT_WISE
 from torch import nn
 
-from ..conversion.convert import convertible
 from ..weight_sharing.arrange import Arranged, arrange_layer
 from ..weight_sharing.blocks import LinearBlock, blocks_of, input_group, lent_to, parameters_of
 from ..weight_sharing.capture import Layer
-from ..weight_sharing.errors import LayerFault
 from ..weight_sharing.factors import accumulation_dtype
 from ..weight_sharing.plan import Plan
 from ..weight_sharing.rules import AUTO
 from ..weight_sharing.shapes import KFAC_SHAPES
-from ..weight_sharing.torch_private import own_parameters, unwrapped
+from ..weight_sharing.torch_private import unwrapped
+from .reasons import Reasons, listed
 from .survey import Survey, unchanged
 from .tables import Printable, Table, as_bytes, as_sizes
 
 __all__ = ["Report", "Row", "inspect"]
-
-_FIRST_ORDER = "It is left to the first-order optimizer"
 
 
 @dataclass
@@ -177,36 +174,12 @@ class Report(Printable):
         unseen = Table("Not seen by K-FAC", why, frozenset({"Parameters"}))
         notes = Table("Notes", ("Layer", "Note"))
         for row in self.rows:
-            name = row.name or "(the model)"
             if row.note:
-                notes.rows.append([name, row.note])
-            if not row.seen:
-                parameters = (
-                    f"{row.num_parameters:,}"
-                    if row.num_parameters
-                    else f"{row.num_frozen:,} frozen"
-                )
-                unseen.rows.append(
-                    [name, row.type, parameters, f"{row.reason} {row.remedy}".strip()]
-                )
-                continue
-            factors = "  ".join(
-                f"{key} {as_sizes(sizes)}" for key, sizes in row.factor_sizes.items()
-            )
-            seen.rows.append(
-                [
-                    name,
-                    row.type,
-                    as_sizes(row.input_sizes or ()),
-                    row.layout or "",
-                    "" if row.R is None else f"{row.R:g}",
-                    str(row.calls),
-                    row.strategy or row.shape or "",
-                    factors,
-                    as_bytes(row.factor_bytes + row.inverse_bytes),
-                    f"{row.num_parameters:,}",
-                ]
-            )
+                notes.rows.append([row.name or "(the model)", row.note])
+            if row.seen:
+                seen.rows.append(_cells_if_seen(row))
+            else:
+                unseen.rows.append(_cells_if_unseen(row))
         return [seen, unseen, notes]
 
     def summary(self) -> list[str]:
@@ -220,6 +193,27 @@ class Report(Printable):
             f"Memory: {as_bytes(self.factor_bytes)} of curvature and "
             f"{as_bytes(self.inverse_bytes)} of inverses.",
         ]
+
+
+def _cells_if_seen(row: Row) -> list[str]:
+    sizes = row.factor_sizes.items()
+    return [
+        row.name or "(the model)",
+        row.type,
+        as_sizes(row.input_sizes or ()),
+        row.layout or "",
+        "" if row.R is None else f"{row.R:g}",
+        str(row.calls),
+        row.strategy or row.shape or "",
+        "  ".join(f"{key} {as_sizes(size)}" for key, size in sizes),
+        as_bytes(row.factor_bytes + row.inverse_bytes),
+        f"{row.num_parameters:,}",
+    ]
+
+
+def _cells_if_unseen(row: Row) -> list[str]:
+    numbers = f"{row.num_parameters:,}" if row.num_parameters else f"{row.num_frozen:,} frozen"
+    return [row.name or "(the model)", row.type, numbers, f"{row.reason} {row.remedy}".strip()]
 
 
 def inspect(
@@ -276,20 +270,11 @@ class _Builder:
         self.model, self.plan, self.seen = model, plan, seen
         self.names = {module: name for name, module in model.named_modules()}
         self.layers = {module: layer for layer in plan.layers for module in layer.modules}
-        self.embeddings = {
-            id(module.weight)
-            for module in model.modules()
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        }
-        layers = (
-            module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-        )
-        self.weights = {id(own_parameters(module).get("weight")) for module in layers}
         self.covered: dict[int, int] = {}
         self.failed: dict[nn.Module, Exception] = {}
         self.arranged: dict[nn.Module, Arranged] = {}
         self.groups: set[nn.Module] = set()
-        self.convertible = convertible(model)
+        self.reasons = Reasons(model, plan, seen, self.failed)
         for layer in plan.layers:
             self._arrange(layer)
 
@@ -300,7 +285,7 @@ class _Builder:
             if (row := self._row(name, module)) is not None
         ]
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        matrices = [p for p in trainable if self._is_matrix(p)]
+        matrices = [p for p in trainable if self.reasons.is_matrix(p)]
 
         def seen_of(parameters: list[nn.Parameter]) -> int:
             return sum(min(p.numel(), self.covered.get(id(p), 0)) for p in parameters)
@@ -351,7 +336,7 @@ class _Builder:
             row.reason, row.remedy = "Frozen.", "To train it, call requires_grad_() on it."
             return row
         layer = self.layers.get(module)
-        unseen = self._unseen(name, module, layer, parameters)
+        unseen = self.reasons.why(name, module, layer, parameters)
         if unseen is not None:
             row.reason, row.remedy = unseen
             return row
@@ -402,7 +387,7 @@ class _Builder:
         others = [self.names[other] for other in layer.modules if other is not module]
         if others:
             yield (
-                f"Shares its weight with {_listed(others)}: one layer that is called several times."
+                f"Shares its weight with {listed(others)}: one layer that is called several times."
             )
         rest = row.num_parameters - row.num_seen
         if rest:
@@ -411,7 +396,7 @@ class _Builder:
                 for n, p in module.named_parameters(recurse=False)
                 if p.requires_grad and not self._covers(p)
             ]
-            yield f"Of its Parameters, {_listed(names)} with {rest:,} numbers are not seen."
+            yield f"Of its Parameters, {listed(names)} with {rest:,} numbers are not seen."
         if any(call.finding.is_assumed for call in self.arranged[layer.module].calls):
             yield (
                 "Its sizes fit batch first and sequence first; batch first is assumed. A rule in "
@@ -427,140 +412,5 @@ class _Builder:
                     "sees the calls."
                 )
 
-    def _unseen(
-        self, name: str, module: nn.Module, layer: Layer | None, parameters: list[nn.Parameter]
-    ) -> tuple[str, str] | None:
-        """Why K-FAC does not see a module, and the remedy; ``None`` if it does."""
-        seen, plan = self.seen, self.plan
-        key = layer.module if layer is not None else module
-        if key in seen.refused:
-            return _explained(seen.refused[key], name)
-        if name in plan.skipped:
-            return _sentence(plan.skipped[name]), f"{_FIRST_ORDER}."
-        if layer is None:
-            return self._without_operation(name, module, parameters)
-        if not any(other in seen.record.calls for other in layer.modules):
-            return self._not_called(name, module, layer, parameters)
-        edges = [call.edge.node for call in seen.record.calls[layer.module]]
-        if not any(node in seen.graph for node in edges):
-            return (
-                "It does not influence the model's output.",
-                "Leave it out of the model, or of ignore_modules.",
-            )
-        if seen.from_input is not None and not any(node in seen.from_input for node in edges):
-            return (
-                "Its input does not depend on the model's input, so there are no examples to "
-                "average over.",
-                f"Leave it to the first-order optimizer with ignore_modules=['{name}'].",
-            )
-        if key in self.failed:
-            return _explained(self.failed[key], name)
-        return None
-
-    def _not_called(
-        self, name: str, module: nn.Module, layer: Layer, parameters: list[nn.Parameter]
-    ) -> tuple[str, str]:
-        seen = self.seen
-        if layer.module in seen.record.without_graph:
-            return (
-                "It ran without an autograd graph: under no_grad, or under reentrant activation "
-                "checkpointing.",
-                "For the latter use checkpoint(..., use_reentrant=False).",
-            )
-        if any(seen.graph.num_uses(p) for p in parameters):
-            if self._convertible(name):
-                return (
-                    "Its weight is used without calling it.",
-                    "Call asdl_ws_plugin.convert(model) before.",
-                )
-            return (
-                "Its weight is used without calling it.",
-                "Call the module instead of using its weight.",
-            )
-        if seen.calls.get(module):
-            return (
-                "It was called in compiled or scripted code, which skips hooks.",
-                "Use the model as it was before.",
-            )
-        return (
-            "It was not called.",
-            f"{_FIRST_ORDER}. In evaluation mode a fused fast path may skip it; look at it in "
-            "training mode."
-            if not self.model.training
-            else f"{_FIRST_ORDER}.",
-        )
-
-    def _without_operation(
-        self, name: str, module: nn.Module, parameters: list[nn.Parameter]
-    ) -> tuple[str, str]:
-        kind = type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            return (
-                "It is compiled by torch.jit, so its layers cannot be seen.",
-                "Use the model as it was before.",
-            )
-        if isinstance(module, nn.utils.parametrize.ParametrizationList):
-            return (
-                "What a layer's weight or bias is computed from; K-FAC is for weights that are "
-                "Parameters.",
-                f"{_FIRST_ORDER}, or remove the parametrization.",
-            )
-        own = {
-            n for n, p in module.named_parameters(recurse=False) if any(p is q for q in parameters)
-        }
-        if name in self.convertible and "weight" in own:
-            return (
-                f"There is no operation for {kind}.",
-                "Call asdl_ws_plugin.convert(model) before.",
-            )
-        if name in self.convertible and self.convertible[name].takes_parameters:
-            return (
-                "It keeps the weights of its linear layers as Parameters of its own.",
-                "Call asdl_ws_plugin.convert(model) before.",
-            )
-        if "weight" in own:
-            return (
-                f"There is no operation for {kind}.",
-                f"{_FIRST_ORDER}, unless you register one with register_operation({kind}, ...).",
-            )
-        remedy = f"{_FIRST_ORDER}."
-        if any(self._is_matrix(p) for p in parameters):
-            remedy = (
-                f"{_FIRST_ORDER}; to be seen, a matrix has to be the weight of a layer that is "
-                "called."
-            )
-        return f"Raw Parameters ({_listed(sorted(own))}), which belong to no layer.", remedy
-
-    def _convertible(self, name: str) -> bool:
-        """Whether ``convert`` would change a module that this one is in."""
-        path = name.split(".")
-        return any(".".join(path[:depth]) in self.convertible for depth in range(len(path)))
-
     def _covers(self, parameter: nn.Parameter) -> bool:
         return id(parameter) in self.covered
-
-    def _is_matrix(self, parameter: nn.Parameter) -> bool:
-        if parameter.ndim < 2 or id(parameter) in self.embeddings:
-            return False
-        if (
-            id(parameter) in self.weights
-        ):  # also one that is standardized before it is multiplied with
-            return True
-        return not self.seen.graph.num_uses(parameter) or self.seen.graph.is_multiplied(parameter)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - 4
-    return ", ".join(f"'{name}'" for name in names[:4]) + (f" and {more} more" if more > 0 else "")
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
-def _explained(error: Exception, name: str) -> tuple[str, str]:
-    """Why a layer cannot be handled, and the remedy."""
-    leave = f"Leave it to the first-order optimizer with ignore_modules=['{name}']."
-    if isinstance(error, LayerFault):
-        return error.reason, error.remedy or leave
-    return _sentence(str(error)), leave

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from asdl.symmatrix import SymMatrix
-from torch import nn
+from torch import Tensor, nn
 
 from .agreement import signature
 from .blocks import input_group
@@ -64,13 +64,8 @@ def joint_curvature(
     modules = [*(layer.module for layer in plan.all_layers), plan.model]
     data = [tensor for module in modules for tensor in data_of(own.get(module))]
     state, counts = plan_state(plan, unseen), [positions.get(module) for module in modules]
-    first: dict[int, int] = {}
-    described = [
-        None if t is None else (tuple(t.shape), t.dtype, first.setdefault(id(t), i))
-        for i, t in enumerate(data)
-    ]
     shares, (are_same, same_counts) = ranks.exchange_shares(
-        what, share, signature([state, described]), signature(counts)
+        what, share, signature([state, _described(data)]), signature(counts)
     )
     if not are_same:
         _settle_together(plan, ranks.gather(state))
@@ -88,15 +83,33 @@ def joint_curvature(
     summed = ranks.sum_(data, weight, are_same)
     if are_same:
         return results
-    joint = []
+    joint = _matrices(modules, summed)
+    for module, _ in joint:
+        unseen.pop(module, None)
+    return joint
+
+
+def _described(data: list[Tensor | None]) -> list[Any]:
+    """Of every tensor its sizes, its type, and where the same one comes first."""
+    first: dict[int, int] = {}
+    return [
+        None if t is None else (tuple(t.shape), t.dtype, first.setdefault(id(t), i))
+        for i, t in enumerate(data)
+    ]
+
+
+def _matrices(
+    modules: list[nn.Module], data: list[Tensor | None]
+) -> list[tuple[nn.Module, SymMatrix]]:
+    """The curvature whose tensors these are, of the modules that have any."""
+    found = []
     for i, module in enumerate(modules):
-        parts = summed[i * NUM_PARTS : (i + 1) * NUM_PARTS]
+        parts = data[i * NUM_PARTS : (i + 1) * NUM_PARTS]
         if any(part is not None for part in parts):
             matrix = with_data(parts)
             matrix.trained = trained(module)
-            joint.append((module, matrix))
-            unseen.pop(module, None)
-    return joint
+            found.append((module, matrix))
+    return found
 
 
 def _settle_together(plan: Plan, states: list[dict[str, Any]]) -> None:

@@ -177,15 +177,6 @@ LARGE = {
     "MultiheadAttention",
     "forward",
     "_mask",
-    # waiting to be cut
-    "joint_curvature",
-    "_Builder",
-    "_choose",
-    "_parser",
-    "_pyg_classes",
-    "approximation_error",
-    "convert",
-    "tables",
 }
 
 
