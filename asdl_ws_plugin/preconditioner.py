@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .forward_passes import ForwardPasses, first_logits
 from .makers import KfacGradientMaker
+from .step_gradients import StepGradients
 from .step_statistics import StepStatistics
 from .weight_sharing.blocks import LinearBlock
 from .weight_sharing.capture import Captured
@@ -105,6 +106,7 @@ class Preconditioner:
         self._passes = ForwardPasses(model, self.maker.plan, self._on_backward, has_ranks)
         self._overflowed = False
         self._seen_backward = False
+        self._done = StepGradients()
         self._watch()
 
     @property
@@ -131,7 +133,7 @@ class Preconditioner:
 
         Raises:
             RuntimeError: curvature was due, but no forward pass in training mode, or no backward
-                pass of its loss, was seen.
+                pass of its loss, was seen; or the gradients are already preconditioned.
         """
         if not self.enabled:
             return
@@ -143,6 +145,7 @@ class Preconditioner:
         try:
             with self._statistics.timed("step"):
                 self.maker.finish_step()
+                self._done.leave(self._grads())
         finally:
             self._next()
         self._statistics.note(before, due, self.num_skipped)
@@ -213,22 +216,23 @@ class Preconditioner:
         """Whether there is something to do: a backward pass since the last step."""
         if self._is_due():
             return self._seen_backward
-        return any(p.grad is not None for p in self.maker.model.parameters())
+        grads = self._grads()
+        return bool(grads) and not self._done.are(grads)
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self.maker.model.parameters() if p.grad is not None]
 
     def _check_seen(self) -> None:
         due = self._is_due()
+        if not self._seen_backward and self._done.are(self._grads()):
+            raise RuntimeError(
+                "The gradients in .grad are those that the last step has preconditioned: there was "
+                "no backward pass since. Call step() once for each step of the optimizer, after "
+                "loss.backward()."
+            )
         if self._seen_backward or not (due or self._passes):
             return
-        why = "Curvature is due in this step" if due else "Ranks are weighed by their losses"
-        what = (
-            "the model was called, but loss.backward() was not, on what it returned"
-            if self._passes
-            else "no call of the model in training mode was"
-        )
-        raise RuntimeError(
-            f"{why}, and {what} seen. Call the module that the Preconditioner was given, in "
-            "training mode, and loss.backward() or prec.backward(loss)."
-        )
+        raise _not_seen(due, bool(self._passes))
 
     # ------------------------------------------------------------------------------ a backward pass
 
@@ -273,6 +277,19 @@ class Preconditioner:
             for p in maker.model.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, torch.inf)
+
+
+def _not_seen(is_due: bool, was_called: bool) -> RuntimeError:
+    why = "Curvature is due in this step" if is_due else "Ranks are weighed by their losses"
+    what = (
+        "the model was called, but no loss.backward() on what it returned was seen"
+        if was_called
+        else "no call of the model in training mode was seen since the last step"
+    )
+    return RuntimeError(
+        f"{why}, and {what}. Call the module that the Preconditioner was given, in training "
+        "mode, and loss.backward() or prec.backward(loss)."
+    )
 
 
 def _check_finite(maker: Any) -> None:

@@ -56,6 +56,43 @@ def asdl_step(gm: Any, model: nn.Module, x: Tensor, y: Tensor) -> None:
     gm.forward_and_backward()
 
 
+def test_a_gradient_is_preconditioned_once() -> None:
+    """On steps with and without curvature: a second step() without a backward pass is refused, and
+    of several optimizers the first that steps does it for all.
+    """
+    by_one, by_two = mlp(), mlp()
+    for zero_between in (False, True):
+        alone, together = (Preconditioner(m, **SCHEDULE) for m in (by_one, by_two))
+        parts = [torch.optim.SGD(layer.parameters(), 0.1) for layer in (by_two[0], by_two[2])]
+        handles = [together.step_before(optimizer) for optimizer in parts]
+        whole = torch.optim.SGD(by_one.parameters(), 0.1)
+        for seed in range(5):
+            x, y = batch(seed)
+            for model in (by_one, by_two):
+                model.zero_grad()
+                torch.manual_seed(seed)
+                F.cross_entropy(model(x), y).backward()
+            torch.manual_seed(seed)
+            alone.step()
+            left = [p.grad.clone() for p in by_one.parameters()]
+            with pytest.raises(RuntimeError, match="no backward pass since"):
+                alone.step()
+            for p, grad in zip(by_one.parameters(), left, strict=True):
+                assert torch.equal(p.grad, grad)
+            whole.step()
+            torch.manual_seed(seed)
+            for optimizer in parts:
+                optimizer.step()
+                if zero_between:
+                    optimizer.zero_grad()
+            for p, q in zip(by_one.parameters(), by_two.parameters(), strict=True):
+                assert torch.equal(p, q)
+        for handle in handles:
+            handle.remove()
+        for prec in (alone, together):
+            prec.close()
+
+
 @pytest.mark.parametrize("fisher_type", FISHER_TYPES)
 @pytest.mark.parametrize("with_average", [True, False])
 @pytest.mark.parametrize("by", ["step", "backward", "hook"])
@@ -186,7 +223,7 @@ def test_a_step_that_saw_nothing_is_an_error() -> None:
         prec.step()
     x, y = batch(0)
     loss = F.cross_entropy(model(x), y)
-    with pytest.raises(RuntimeError, match=r"loss\.backward\(\) was not"):
+    with pytest.raises(RuntimeError, match=r"no loss\.backward\(\) on what it returned"):
         prec.step()
     prec.backward(loss)
 
