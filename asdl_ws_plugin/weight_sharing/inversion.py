@@ -114,7 +114,8 @@ class Inversion(TrainingOptions):
             warn(
                 f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero: "
                 "they are behind a zero-initialised head, or nothing but zeros or padding came "
-                "in. Their gradients are not preconditioned until it is not."
+                "in (a padding mask may be the wrong way round: True or 1 is for real tokens). "
+                "Their gradients are not preconditioned until it is not."
             )
 
     # --------------------------------------------------------------------------------- distribution
