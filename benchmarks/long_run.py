@@ -71,6 +71,11 @@ def counts(num_steps: int, every: int, start: int = 0) -> Iterator[Row]:
             begin, last = time.perf_counter(), step
 
 
+def rows(num_steps: int, every: int, start: int = 0) -> list[Row]:
+    """All of :func:`counts`, for a process of its own."""
+    return list(counts(num_steps, every, start))
+
+
 def _row(step: int, model: nn.Module, milliseconds: float) -> Row:
     gc.collect()
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -31,7 +31,8 @@ WATCHED = (
     "torch/overrides.py",
     "torch/autograd/grad_mode.py",
 )
-OURS = str(Path(asdl_ws_plugin.__file__).parent)
+# The plugin's files, and those of the core, which a patched ASDL has.
+OURS = tuple({str(Path(module.__file__ or "").parent) for module in (asdl_ws_plugin, capture)})
 
 
 class Model(nn.Module):
