@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .forward_passes import ForwardPasses, first_logits
 from .makers import KfacGradientMaker
-from .step_gradients import StepGradients
+from .step_gradients import StepGradients, gradients_of
 from .step_statistics import StepStatistics
 from .weight_sharing.blocks import LinearBlock
 from .weight_sharing.capture import Captured
@@ -145,7 +145,7 @@ class Preconditioner:
         try:
             with self._statistics.timed("step"):
                 self.maker.finish_step()
-                self._done.leave(self._grads())
+                self._done.leave(gradients_of(self.maker.model))
         finally:
             self._next()
         self._statistics.note(before, due, self.num_skipped)
@@ -216,15 +216,12 @@ class Preconditioner:
         """Whether there is something to do: a backward pass since the last step."""
         if self._is_due():
             return self._seen_backward
-        grads = self._grads()
+        grads = gradients_of(self.maker.model)
         return bool(grads) and not self._done.are(grads)
-
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self.maker.model.parameters() if p.grad is not None]
 
     def _check_seen(self) -> None:
         due = self._is_due()
-        if not self._seen_backward and self._done.are(self._grads()):
+        if not self._seen_backward and self._done.are(gradients_of(self.maker.model)):
             raise RuntimeError(
                 "The gradients in .grad are those that the last step has preconditioned: there was "
                 "no backward pass since. Call step() once for each step of the optimizer, after "
@@ -252,7 +249,7 @@ class Preconditioner:
         _check_backward(len(seen), gradient is not None or inputs is not None or create_graph)
         (forward,) = seen
         captured = self._passes.take(forward, loss, self._select(forward.output))
-        if all(p.grad is None for p in self.maker.model.parameters()):
+        if not gradients_of(self.maker.model):
             # Gradients were dropped since, as after a step that a GradScaler skipped.
             self.maker.fisher_maker.micro_batches = None
         self._seen_backward = True
@@ -296,8 +293,7 @@ def _check_finite(maker: Any) -> None:
     """Raise a FloatingPointError if a gradient is not finite, on any rank: a scaler knows that of
     its own only, and all have to skip the same steps.
     """
-    grads = [p.grad for p in maker.model.parameters() if p.grad is not None]
-    norms = torch.stack([grad.abs().max().float() for grad in grads])
+    norms = torch.stack([grad.abs().max().float() for grad in gradients_of(maker.model)])
     maker.ranks.begin()
     if not bool(torch.isfinite(norms).all()):
         error = FloatingPointError("Gradients overflow.")

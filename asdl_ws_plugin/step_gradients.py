@@ -5,11 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .weight_sharing.torch_private import version_of
 
-__all__ = ["StepGradients"]
+__all__ = ["StepGradients", "gradients_of"]
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """Those that there are, in the order of the parameters."""
+    return [p.grad for p in model.parameters() if p.grad is not None]
 
 
 class StepGradients:

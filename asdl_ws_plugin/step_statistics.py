@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .step_gradients import gradients_of
+
 __all__ = ["StepStatistics"]
 
 logger = logging.getLogger("asdl_ws_plugin")
@@ -31,7 +33,7 @@ class StepStatistics:
         """The norm of all gradients."""
         if not self.is_on:
             return None
-        norms = [p.grad.norm() for p in self.maker.model.parameters() if p.grad is not None]
+        norms = [grad.norm() for grad in gradients_of(self.maker.model)]
         return float(torch.stack(norms).norm()) if norms else 0.0
 
     @contextlib.contextmanager

@@ -168,9 +168,9 @@ def approximation_error(
     """
     _check_arguments(model, loss_type, compare, damping)
     batches = _batches(data)
-    shared_dim = [EXPAND, *rules]
-    chosen, skipped = _choose(model, shared_dim, layers, max_weights)
-    options: dict[str, Any] = {"loss_type": loss_type, "var": var, "shared_dim": shared_dim}
+    function = _mean_loss(loss_type) if loss is None else loss
+    chosen, skipped = _choose(model, [EXPAND, *rules], layers, max_weights)
+    options: dict[str, Any] = {"loss_type": loss_type, "var": var, "shared_dim": [EXPAND, *rules]}
     options |= {"fisher_type": FISHER_EXACT, "fisher_shapes": [SHAPE_KRON], "data_size": 1}
     rows: list[LayerComparison] = []
     totals: tuple[int, float] = (0, 0.0)
@@ -179,7 +179,7 @@ def approximation_error(
         comparison = Comparison(model, config, tuple(compare))
         with unchanged(model), torch.enable_grad():
             for args, kwargs, targets in batches:
-                comparison.add(logits, loss or _mean_loss(loss_type), args, kwargs, targets)
+                comparison.add(logits, function, args, kwargs, targets)
         totals = max(totals, (comparison.num_examples, comparison.num_terms))
         for layer in group:
             found = _compared(comparison, layer, totals, damping)
