@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import asdl
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from oracles.faults import FailingBackward, failing_at
 from oracles.processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -196,21 +197,9 @@ def without_step(rank: int, world: int) -> list[Any]:
 # ---------------------------------------------------------------------------------------- failures
 
 
-class Failing(nn.Module):
-    fails = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fails:
-            x.register_hook(self._fail)
-        return x
-
-    def _fail(self, grad: Tensor) -> None:
-        raise ZeroDivisionError("the backward pass failed")
-
-
 def failure(rank: int, world: int, kind: str, at: int, wrap: bool) -> dict[str, Any]:
     """Rank 1 fails in a step; both train on, and what they have in the end is the same."""
-    model = nn.Sequential(Tokens(), Failing())
+    model = nn.Sequential(Tokens(), FailingBackward())
     called = DistributedDataParallel(model) if wrap else model
     config = asdl.PreconditioningConfig(damping=1e-2, ema_decay=0.3, **SCHEDULE)
     prec = Preconditioner(called, config, fisher_type="fisher_emp", shared_dim="reduce")
@@ -234,30 +223,6 @@ def failure(rank: int, world: int, kind: str, at: int, wrap: bool) -> dict[str, 
             optimizer.step()
     end = [p.tolist() for p in model.parameters()]
     return {"told": told, "seconds": seconds, "steps": prec.maker.state["step"], "end": end}
-
-
-@contextlib.contextmanager
-def failing_at(kind: str) -> Iterator[None]:
-    from asdl import symmatrix
-
-    holders: dict[str, tuple[Any, str]] = {
-        "inverse": (symmatrix, "cholesky_inv"),
-        "precondition": (symmatrix.Kron, "mvp"),
-    }
-    if kind not in holders:
-        yield
-        return
-    holder, name = holders[kind]
-    original = getattr(holder, name)
-
-    def fail(*args: Any, **kwargs: Any) -> Tensor:
-        raise torch.linalg.LinAlgError(f"the {kind} failed")
-
-    setattr(holder, name, fail)
-    try:
-        yield
-    finally:
-        setattr(holder, name, original)
 
 
 def overflow(rank: int, world: int, wrap: bool, at: int) -> dict[str, Any]:

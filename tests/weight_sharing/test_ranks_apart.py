@@ -4,7 +4,6 @@ batches, seeds, groups, failures. Two ranks run all of it once; each test looks 
 
 from __future__ import annotations
 
-import contextlib
 import time
 import traceback
 import warnings
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from oracles.faults import FailingBackward, failing_at
 from oracles.processes import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -220,23 +220,9 @@ def _interrupted(*args: Any) -> Any:
     raise KeyboardInterrupt
 
 
-class Interruptible(nn.Module):
-    """A layer whose backward pass can be made to fail."""
-
-    fails = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and self.fails:
-            x.register_hook(self._fail)
-        return x
-
-    def _fail(self, grad: Tensor) -> None:
-        raise ZeroDivisionError("the backward pass failed")
-
-
 def failure(rank: int, world: int, kind: str, at: int, wrap: bool) -> dict[str, Any]:
     """Rank 1 fails in a step; both train on, and what they have in the end is the same."""
-    model = nn.Sequential(network(), Interruptible())
+    model = nn.Sequential(network(), FailingBackward())
     model_fn = DistributedDataParallel(model) if wrap else model
     maker = make(model, curvature_upd_interval=2, preconditioner_upd_interval=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -251,7 +237,7 @@ def failure(rank: int, world: int, kind: str, at: int, wrap: bool) -> dict[str, 
         call = _interrupted if bad and kind == "interrupt" else model_fn
         model[1].fails = bad and kind == "backward"
         begin = time.monotonic()
-        with inverting_fails(bad and kind == "inverse"):
+        with failing_at(kind if bad else ""):
             try:
                 maker.setup_loss_call(loss, maker.setup_model_call(call, x), y)
                 maker.forward_and_backward()
@@ -262,23 +248,6 @@ def failure(rank: int, world: int, kind: str, at: int, wrap: bool) -> dict[str, 
         else:
             optimizer.step()
     return {"told": told, "seconds": seconds, "steps": maker.state["step"], "end": state(model)}
-
-
-@contextlib.contextmanager
-def inverting_fails(does: bool) -> Any:
-    from asdl import symmatrix
-
-    original = symmatrix.cholesky_inv
-
-    def fail(*args: Any) -> Tensor:
-        raise torch.linalg.LinAlgError("the inversion failed")
-
-    if does:
-        symmatrix.cholesky_inv = fail
-    try:
-        yield
-    finally:
-        symmatrix.cholesky_inv = original
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -493,7 +462,7 @@ MESSAGES = {
     "empty": "ValueError: The batch is empty",
     "interrupt": "KeyboardInterrupt",
     "backward": "ZeroDivisionError: the backward pass failed",
-    "inverse": "the inversion failed",
+    "inverse": "the inverse failed",
 }
 
 
