@@ -5,6 +5,7 @@ backward pass.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ class Batch:
         self.scale_A = scale
         self.scale: Any = scale  # multiplies what the next backward passes bring
         self.fvp = fvp
-        self.max_side = plan.max_side
+        self.max_side, self.damps_in_place = plan.max_side, plan.damps_in_place
         self.context = OperationContext(vectors=vec)
         self._received: dict[nn.Module, list[Tensor | None]] = {}
         self._with_grads: set[nn.Module] = set()
@@ -135,7 +136,7 @@ class Batch:
     @factors.full_precision()
     def take_inputs(self) -> None:
         """Hand every layer's inputs to its operation, which computes what needs nothing else."""
-        shared = _SharedFactors()
+        shared = _SharedFactors(self.damps_in_place)
         for layer in self.layers:
             calls = self.record.calls.get(layer.module)
             if calls is None:
@@ -286,8 +287,11 @@ def _operation_of(layer: Layer, plan: Plan, model: nn.Module, fvp: bool) -> Oper
     operation = operation_class(layer.module, [name], model_for_kernel=model)
     operation.layer_name = layer.name
     if plan.max_side is not None and operation.splits:
-        for method in ("cov_kron_A", "cov_kron_B"):
-            setattr(operation, method, capped(getattr(operation, method), plan.max_side))
+        # The input features of a convolution are its kernels, channel by channel.
+        kernel = math.prod(getattr(layer.module, "kernel_size", ()))
+        for method, neighbours in (("cov_kron_A", kernel), ("cov_kron_B", 1)):
+            factor = getattr(operation, method)
+            setattr(operation, method, capped(factor, plan.max_side, neighbours))
     return operation
 
 
@@ -348,7 +352,8 @@ def _input_key(layer: Layer, calls: Sequence[Call], arranged: Arranged, operatio
 class _SharedFactors:
     """The A of each input, computed once for all layers that saw it."""
 
-    def __init__(self) -> None:
+    def __init__(self, damps_in_place: bool) -> None:
+        self._damps_in_place = damps_in_place
         self._by_input: dict[Any, Tensor] = {}
         self._by_group: dict[Any, Tensor] = {}
 
@@ -363,11 +368,11 @@ class _SharedFactors:
             self._by_group[key, input_group(module)] = A
 
     def _copy(self, key: Any, module: nn.Module) -> Tensor:
-        """One tensor for all blocks of a layer, a copy for everybody else.
-
-        Upstream adds damping to a factor in place, which must not meet another layer's, of another
-        size.
+        """One tensor for all; where factors are damped in place, for all blocks of a layer alone,
+        and a copy for everybody else, whose damping is of another size.
         """
+        if not self._damps_in_place:
+            return self._by_input[key]
         group = input_group(module)
         if group is None:
             return self._by_input[key].clone()

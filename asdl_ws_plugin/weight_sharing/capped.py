@@ -2,7 +2,7 @@
 
 A factor of side P has ``k`` equal blocks and is a tensor ``(k, b, b)``; P is padded with zeros to
 ``k b``. Blocks of one entry make a diagonal. The features of a block are neighbours: for a
-convolution the patches of neighbouring channels.
+convolution the patches of neighbouring channels, whole.
 """
 
 from __future__ import annotations
@@ -15,39 +15,58 @@ import torch.nn.functional as F
 from asdl import symmatrix
 from torch import Tensor
 
-__all__ = ["BlockDiagonalKron", "capped", "identity", "multiply", "num_blocks"]
+__all__ = ["BlockDiagonalKron", "block_sizes", "capped", "identity", "multiply", "multiply_right"]
 
 # More blocks than this cost more than they are worth: a diagonal instead.
 _MOST_BLOCKS = 16
+# The side of a block of patches. A convolution has few rows beside its many features, so that
+# larger blocks cost a multiple of the step itself: 16 channels of a 3 x 3 kernel.
+_PATCHES_SIDE = 144
 
 
-def num_blocks(side: int, max_side: int | None) -> int:
-    """How many blocks a factor of this side has: 1 if it is whole, ``side`` if it is a diagonal."""
-    if max_side is None:
-        return 1
+def block_sizes(side: int, max_side: int | None, kernel: int = 1) -> tuple[int, int]:
+    """How many blocks a factor of this side has and the side of each: ``(1, side)`` if it is whole,
+    ``(side, 1)`` if it is a diagonal.
+
+    Args:
+        side: P.
+        max_side: a factor at most that large is whole; ``None``: all are.
+        kernel: how many neighbouring features are one channel's, which stay together.
+    """
+    if max_side is None or side <= max_side:
+        return 1, side
+    if kernel > 1:
+        channels = side // kernel
+        count = -(-channels // max(1, min(max_side, _PATCHES_SIDE) // kernel))
+        return count, -(-channels // count) * kernel
     count = -(-side // max_side)
-    return count if count <= _MOST_BLOCKS else side
+    return (count, -(-side // count)) if count <= _MOST_BLOCKS else (side, 1)
 
 
 def capped(
-    factor: Callable[[Any, Tensor], Tensor], max_side: int
+    factor: Callable[[Any, Tensor], Tensor], max_side: int, kernel: int = 1
 ) -> Callable[[Any, Tensor], Tensor]:
     """``factor(module, data)``, a sum of products of rows of ``data (..., P)``, as a ``(P, P)``
-    matrix, or as blocks where P is larger than ``max_side``.
+    matrix, or as blocks where P is larger than ``max_side`` (:func:`block_sizes`).
     """
 
     def blocks(module: Any, data: Tensor) -> Tensor:
         side = data.shape[-1]
-        count = num_blocks(side, max_side)
+        count, size = block_sizes(side, max_side, kernel)
         if count == 1:
             return factor(module, data)
-        if count == side:
+        if size == 1:
             return _diagonal(factor, module, data)
-        size = -(-side // count)
-        padded = F.pad(data, (0, count * size - side))
-        return torch.stack([factor(module, part) for part in padded.split(size, dim=-1)])
+        parts = _padded(data, count * size).split(size, dim=-1)
+        return torch.stack([factor(module, part) for part in parts])
 
     return blocks
+
+
+def _padded(data: Tensor, side: int) -> Tensor:
+    """With zeros behind the last dimension up to a side."""
+    missing = side - data.shape[-1]
+    return F.pad(data, (0, missing)) if missing else data
 
 
 def _diagonal(factor: Callable[[Any, Tensor], Tensor], module: Any, data: Tensor) -> Tensor:
@@ -58,8 +77,7 @@ def _diagonal(factor: Callable[[Any, Tensor], Tensor], module: Any, data: Tensor
 
 def identity(side: int, max_side: int | None, **options: Any) -> Tensor:
     """The identity as a factor of this side, whole or in blocks; ``options`` as ``torch.eye``'s."""
-    count = num_blocks(side, max_side)
-    size = -(-side // count)
+    count, size = block_sizes(side, max_side)
     eye = torch.eye(size, **options)
     if count == 1:
         return eye
@@ -76,8 +94,32 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
     side, columns = vectors.shape
     if size == 1:
         return matrix.view(-1, 1) * vectors
-    parts = F.pad(vectors, (0, 0, 0, count * size - side)).view(count, size, columns)
-    return (matrix @ parts).view(-1, columns)[:side]
+    missing = count * size - side
+    padded = F.pad(vectors, (0, 0, 0, missing)) if missing else vectors
+    return (matrix @ padded.reshape(count, size, columns)).view(-1, columns)[:side]
+
+
+def multiply_right(vectors: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """``vectors @ matrix``: vectors ``(n, P)``, the matrix ``(P, P)`` or blocks ``(k, b, b)``.
+
+    The product is in ``out``, if there is one, a contiguous tensor ``(n, P)``.
+    """
+    if matrix.ndim == 2:
+        return torch.mm(vectors, matrix, out=out)
+    count, size, _ = matrix.shape
+    rows, side = vectors.shape
+    if size == 1:
+        return torch.mul(vectors, matrix.view(-1), out=out)
+
+    def by_block(tensor: Tensor) -> Tensor:
+        return tensor.view(rows, count, size).transpose(0, 1)
+
+    parts = by_block(_padded(vectors, count * size).contiguous())
+    if out is not None and count * size == side:
+        torch.bmm(parts, matrix, out=by_block(out))  # no other layout in between
+        return out
+    product = torch.bmm(parts, matrix).transpose(0, 1).reshape(rows, -1)[:, :side]
+    return product if out is None else out.copy_(product)
 
 
 class BlockDiagonalKron(symmatrix.Kron):
@@ -92,9 +134,11 @@ class BlockDiagonalKron(symmatrix.Kron):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``B V A``, or with ``use_inv`` that of the inverses; ``B v`` for a bias."""
         A, B = (self.A_inv, self.B_inv) if use_inv else (self.A, self.B)
-        product = multiply(B, vec_weight.reshape(vec_weight.shape[0], -1))
-        weight = multiply(A, product.mT).mT.reshape(vec_weight.shape)
-        if inplace:
+        vectors = vec_weight.reshape(vec_weight.shape[0], -1)
+        is_view = inplace and vec_weight.is_contiguous()
+        product = multiply_right(multiply(B, vectors), A, out=vectors if is_view else None)
+        weight = product.reshape(vec_weight.shape)
+        if inplace and not is_view:
             vec_weight.copy_(weight)
         if vec_bias is None:
             return weight

@@ -65,6 +65,8 @@ class Plan:
         self.setting: str | None = None
         # Kronecker factors of a larger side are block diagonals (:mod:`~.capped`).
         self.max_side: int | None = None
+        # Upstream adds damping to the factors themselves, and takes it away again.
+        self.damps_in_place = True
         self._known_blocks = {
             module for module in model.modules() if isinstance(module, LinearBlock)
         }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .capped import multiply
+from .capped import multiply, multiply_right
 
 __all__ = ["SecondMoments", "eigenvectors"]
 
@@ -172,4 +172,4 @@ def _both_sides(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Te
     """``left @ matrix @ rightᵀ``; ``None`` is the identity."""
     if left is not None:
         matrix = multiply(left, matrix)
-    return matrix if right is None else multiply(right, matrix.mT).mT.contiguous()
+    return matrix if right is None else multiply_right(matrix, right.mT)
