@@ -1,13 +1,14 @@
 """Damped inverses of many curvature matrices at once.
 
 The damping is relative: a fraction of a matrix's own mean eigenvalue, so that a matrix is inverted
-alike whatever it is multiplied with. Matrices of equal size are one stack ``(k, n, n)`` with one
-Cholesky decomposition and one inversion; what the checks found is read back from the device once
-for all of them.
+alike whatever it is multiplied with. Matrices of equal size are one stack ``(j, n, n)`` with one
+Cholesky decomposition and one inversion, so that the number of kernels does not grow with the
+layers; what the checks found is read back from the device once for all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,10 +30,6 @@ class _Job:
     damping: Tensor
     # Where the inverse belongs: objects and their attributes.
     places: list[tuple[Any, str]]
-
-    @property
-    def blocks(self) -> Tensor:
-        return self.data.view(-1, *self.data.shape[-2:])
 
     def set(self, inverse: Tensor | None) -> None:
         for holder, attribute in self.places:
@@ -65,28 +62,32 @@ def update_inverses(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[s
     Returns:
         The names of those whose old inverse, or none, stays.
     """
-    jobs = _jobs(matrices)
-    devices = {job.data.device for job in jobs}
-    return [
-        name
-        for device in devices
-        for name in _update([job for job in jobs if job.data.device == device])
-    ]
+    by_device: dict[torch.device, list[tuple[str, SymMatrix, Tensor]]] = defaultdict(list)
+    for entry in matrices:
+        by_device[entry[2].device].append(entry)
+    return [name for entries in by_device.values() for name in _update(_jobs(entries))]
 
 
-def _jobs(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
+def _jobs(matrices: list[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
+    """What there is to invert on one device. Layers that share a tensor and its damping have one
+    inverse.
+    """
+    # A damping that several layers have is one tensor.
+    distinct = {id(damping): damping for _, _, damping in matrices}
+    splits = dict(zip(distinct, split_damping(torch.stack([*distinct.values()])), strict=True))
     jobs: dict[tuple[int, int], _Job] = {}
     for name, matrix, damping in matrices:
         parts: list[tuple[Any, str, str, Tensor]] = [(matrix, "data", "inv", damping)]
         if matrix.kron is not None:
-            split = split_damping(damping)
+            split = splits[id(damping)]
             parts += [(matrix.kron, "A", "A_inv", split), (matrix.kron, "B", "B_inv", split)]
         if matrix.unit is not None:
             parts += [(matrix.unit, "data", "inv", damping)]
         for holder, attribute, inverse, part_damping in parts:
             data = getattr(holder, attribute)
             if data is not None:
-                job = jobs.setdefault((id(data), id(damping)), _Job(name, data, part_damping, []))
+                key = id(data), id(part_damping)
+                job = jobs.setdefault(key, _Job(name, data, part_damping, []))
                 job.places.append((holder, inverse))
         if matrix.diag is not None:
             _invert_diagonal(matrix.diag, damping)
@@ -104,38 +105,22 @@ def _invert_diagonal(diag: Any, damping: Tensor) -> None:
 
 def _update(jobs: list[_Job]) -> list[str]:
     """The inverses of matrices on one device."""
-    if not jobs:
+    stacks: dict[Any, list[_Job]] = defaultdict(list)
+    for job in jobs:
+        stacks[job.data.shape, job.data.dtype].append(job)
+    if not stacks:
         return []
-    means = [job.data.diagonal(dim1=-2, dim2=-1).mean() for job in jobs]
-    stacks: dict[Any, list[int]] = defaultdict(list)
-    for i, job in enumerate(jobs):
-        stacks[job.data.shape[-1], job.data.dtype].append(i)
-    inverses: dict[int, Tensor] = {}
-    flags: list[Tensor] = []
-    for indices in stacks.values():
-        counts = [len(jobs[i].blocks) for i in indices]
-        shifts = torch.stack([means[i] * jobs[i].damping for i in indices])
-        stack = torch.cat([jobs[i].blocks for i in indices])
-        by_block = shifts.repeat_interleave(shifts.new_tensor(counts, dtype=torch.long))
-        stack.diagonal(dim1=-2, dim2=-1).add_(by_block.unsqueeze(1))
-        factor, info = torch.linalg.cholesky_ex(stack)
-        # What has no decomposition would end the inversion of all.
-        eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-        factor = torch.where((info != 0).view(-1, 1, 1), eye, factor)
-        parts = torch.cholesky_inverse(factor).split(counts)
-        for i, part, found in zip(indices, parts, info.split(counts), strict=True):
-            inverses[i] = part.view_as(jobs[i].data)
-            # A zero matrix has a Cholesky decomposition of zeros or none.
-            flags.append((found != 0).any())
-    order = [i for indices in stacks.values() for i in indices]
-    found = torch.stack([*flags, *(means[i] == 0 for i in order)]).tolist()
+    inverses, flags = zip(*map(_inverted, stacks.values()), strict=True)
+    found = torch.cat(flags, dim=1).tolist()
+    order = [job for stack in stacks.values() for job in stack]
     failed = []
-    for i, is_wrong, is_zero in zip(order, found[: len(order)], found[len(order) :], strict=True):
-        job = jobs[i]
+    for job, inverse, is_wrong, is_zero in zip(
+        order, itertools.chain(*inverses), *found, strict=True
+    ):
         if is_zero:
             job.set(None)
         elif not is_wrong:
-            job.set(inverses[i])
+            job.set(inverse)
         elif (retried := _in_float64(job)) is not None:
             job.set(retried)
         else:
@@ -143,12 +128,31 @@ def _update(jobs: list[_Job]) -> list[str]:
     return failed
 
 
+def _inverted(jobs: list[_Job]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The inverses of tensors of equal size, and flags ``(2, jobs)``: whether one is wrong, and
+    whether it is of zeros.
+    """
+    stack = torch.stack([job.data for job in jobs])  # (jobs, n, n) or (jobs, k, n, n)
+    diagonals = stack.diagonal(dim1=-2, dim2=-1)
+    means = diagonals.flatten(1).mean(1)
+    shifts = means * torch.stack([job.damping for job in jobs])
+    diagonals.add_(shifts.view(-1, *[1] * (diagonals.ndim - 1)))
+    factor, info = torch.linalg.cholesky_ex(stack)
+    is_wrong = info != 0
+    # What has no decomposition would end the inversion of all.
+    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+    factor = torch.where(is_wrong[..., None, None], eye, factor)
+    # A zero matrix has a Cholesky decomposition of zeros or none.
+    flags = torch.stack([is_wrong.view(len(jobs), -1).any(1), means == 0])
+    return torch.cholesky_inverse(factor).unbind(), flags
+
+
 def _in_float64(job: _Job) -> Tensor | None:
-    data = job.blocks.double()
-    shift = job.damping * job.data.double().diagonal(dim1=-2, dim2=-1).mean()
+    data = job.data.double()
+    shift = job.damping * data.diagonal(dim1=-2, dim2=-1).mean()
     factor, info = torch.linalg.cholesky_ex(
         data + shift * torch.eye(data.shape[-1], dtype=data.dtype, device=data.device)
     )
     if bool((info != 0).any()):
         return None
-    return torch.cholesky_inverse(factor).to(job.data.dtype).view_as(job.data)
+    return torch.cholesky_inverse(factor).to(job.data.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +115,7 @@ class TrainingOptions(NaturalGradientMaker):
         config, maker = self.training, self.fisher_maker
         maker.least_weight = config.ema_decay if config is not None and config.unbiased else None
         maker.plan.max_side = None if config is None else config.max_side
+        maker.plan.damps_in_place = config is None or not config.relative_damping
         super().update_curvature()
 
     def delegate_forward_and_backward(self, other: Any, *args: Any, **kwargs: Any) -> Any:
@@ -132,8 +134,8 @@ class TrainingOptions(NaturalGradientMaker):
             for layer, rank in zip(self.plan.layers_of(shape), ranks, strict=False)
             if rank == self.world_rank
         ]
-        matrices = [
-            (name, matrix, self._relative_damping(module, matrix))
+        found = [
+            (name, module, matrix)
             for name, module in [
                 *((layer.name, layer.module) for layer in owned),
                 ("the model", self.model),
@@ -142,8 +144,8 @@ class TrainingOptions(NaturalGradientMaker):
         ]
         if self.config.second_moment is not None:
             self._update_bases()
-            matrices = [entry for entry in matrices if entry[1].kron is None]
-        kept = update_inverses(matrices)
+            found = [entry for entry in found if entry[2].kron is None]
+        kept = update_inverses(self._with_dampings(found))
         if kept and not self._failure_reported:
             self._failure_reported = True
             warn(
@@ -151,7 +153,7 @@ class TrainingOptions(NaturalGradientMaker):
                 f"float64 either ({len(kept)} matrices). The last inverse that there was stays; "
                 "more damping avoids this."
             )
-        return [(name, matrix) for name, matrix, _ in matrices]
+        return [(name, matrix) for name, _, matrix in found]
 
     def _update_bases(self) -> None:
         found: dict[int, Tensor] = {}  # blocks of one layer have one A
@@ -169,13 +171,29 @@ class TrainingOptions(NaturalGradientMaker):
                 A, B = map(basis, matrix.kron.data, sides)
                 self.second_moments.set_bases(layer.name, (A, B))
 
-    def _relative_damping(self, module: nn.Module, matrix: SymMatrix) -> Tensor:
-        """Of a layer, or of the model with the full Fisher, where there is no step of a layer."""
+    def _with_dampings(
+        self, found: list[tuple[str, nn.Module, SymMatrix]]
+    ) -> Iterator[tuple[str, SymMatrix, Tensor]]:
+        """Names and matrices with their relative dampings.
+
+        That of the model, with the full Fisher, is ``damping``: it has no step of a layer.
+        """
         config = self.config
-        if config.trust is not None and module is not self.model:
-            return self.step_trust.damping(module, matrix, config.damping, config.trust)
-        like = tensors(matrix)[0]
-        return torch.full((), config.damping, dtype=like.dtype, device=like.device)
+        groups: dict[Any, list[tuple[str, nn.Module, SymMatrix]]] = defaultdict(list)
+        for entry in found:
+            _, module, matrix = entry
+            like = tensors(matrix)[0]
+            follows = config.trust is not None and module is not self.model
+            groups[like.device, like.dtype, follows].append(entry)
+        for (device, dtype, follows), group in groups.items():
+            if follows:
+                layers = [(module, matrix) for _, module, matrix in group]
+                dampings = self.step_trust.dampings(layers, config.damping, config.trust).unbind()
+            else:  # one tensor, so that layers with one A have one inverse of it
+                one = torch.full((), config.damping, dtype=dtype, device=device)
+                dampings = (one,) * len(group)
+            for (name, _, matrix), damping in zip(group, dampings, strict=True):
+                yield name, matrix, damping
 
     # --------------------------------------------------------------------------------- the gradient
 

@@ -11,14 +11,17 @@ K-FAC's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
-__all__ = ["StepTrust", "mean_eigenvalue"]
+__all__ = ["StepTrust", "mean_eigenvalues"]
 
 # An average forgets with this weight of the new value, and is then as good as that of 19 values.
 _WEIGHT, _NUM_VALUES = 0.1, 19
@@ -31,14 +34,32 @@ _ERRORS = 2.0
 _LARGEST = 1e8
 
 
-def mean_eigenvalue(matrix: SymMatrix) -> Tensor:
-    """Of a layer's curvature, a scalar on its device; of Kronecker factors the product's."""
-    factors = [data for data in (matrix.data, matrix.unit and matrix.unit.data) if data is not None]
+def mean_eigenvalues(matrices: Sequence[SymMatrix]) -> Tensor:
+    """Of layers' curvature on one device, ``(layers,)``; of Kronecker factors the product's."""
+    same_size: dict[Any, list[Tensor]] = defaultdict(list)
+    places: list[list[tuple[Any, int]]] = []  # where each matrix' diagonals are
+    for matrix in matrices:
+        places.append([])
+        for diagonal in _diagonals(matrix):
+            key = diagonal.shape, diagonal.dtype
+            places[-1].append((key, len(same_size[key])))
+            same_size[key].append(diagonal)
+    means = {
+        key: torch.stack(found).flatten(1).mean(1).unbind() for key, found in same_size.items()
+    }
+    one = next(iter(means.values()))[0].new_ones(())
+    of_factors = [[means[key][i] for key, i in found] for found in places]
+    # The first factors of all layers, then the second ones.
+    columns = itertools.zip_longest(*of_factors, fillvalue=one)
+    return functools.reduce(torch.mul, [torch.stack(column) for column in columns])
+
+
+def _diagonals(matrix: SymMatrix) -> list[Tensor]:
+    factors = [matrix.data, matrix.unit and matrix.unit.data]
     if matrix.kron is not None:
-        factors += [data for data in matrix.kron.data if data is not None]
-    if factors:
-        return torch.stack([f.diagonal(dim1=-2, dim2=-1).mean() for f in factors]).prod()
-    return torch.cat([d.flatten() for d in matrix.diag.data if d is not None]).mean()
+        factors += matrix.kron.data
+    found = [data.diagonal(dim1=-2, dim2=-1) for data in factors if data is not None]
+    return found or [torch.cat([d.flatten() for d in matrix.diag.data if d is not None])]
 
 
 class StepTrust:
@@ -64,29 +85,51 @@ class StepTrust:
     @torch.no_grad()
     def measure(self) -> None:
         """After that step, with the raw gradients of the next one."""
+        by_device: dict[torch.device, dict[nn.Module, Any]] = defaultdict(dict)
         for module, before in self._before.items():
             weight: Any = module.weight
-            if weight.grad is None:
-                continue
-            step = weight.detach() - before
-            slope = -(step * weight.grad).sum()
-            new = torch.stack([slope, slope.square(), step.square().sum()])
-            count = self._counts[module] = self._counts.get(module, 0) + 1
-            old = self._averages.get(module, new)
-            self._averages[module] = old.lerp(new, max(_WEIGHT, 1 / count))
+            if weight.grad is not None:
+                step = weight.detach() - before
+                products = (step * weight.grad).sum(), step.square().sum()
+                by_device[weight.device][module] = products
+        for measured in by_device.values():
+            self._add(measured)
         self._before = {}
 
+    def _add(self, measured: dict[nn.Module, tuple[Tensor, Tensor]]) -> None:
+        """New values of layers on one device."""
+        slopes, lengths = (torch.stack(column) for column in zip(*measured.values(), strict=True))
+        new = torch.stack([-slopes, slopes.square(), lengths], dim=1)
+        counts = [self._counts.get(module, 0) + 1 for module in measured]
+        old = torch.stack(
+            [self._averages.get(m, one) for m, one in zip(measured, new.unbind(), strict=True)]
+        )
+        weights = new.new_tensor([max(_WEIGHT, 1 / count) for count in counts])
+        averages = old.lerp(new, weights.unsqueeze(1)).unbind()
+        self._counts.update(zip(measured, counts, strict=True))
+        self._averages.update(zip(measured, averages, strict=True))
+
     @torch.no_grad()
-    def damping(self, module: nn.Module, matrix: SymMatrix, least: float, trust: float) -> Tensor:
-        """Of a layer, relative to its mean eigenvalue: ``λ / trust``, but at least ``least``."""
-        mean = mean_eigenvalue(matrix)
-        count = self._counts.get(module, 0)
-        if count < _FEWEST:
-            return torch.full_like(mean, _LARGEST)
-        slope, square, length = self._averages[module]
-        error = ((square - slope.square()).clamp(min=0) / min(count, _NUM_VALUES)).sqrt()
-        relative = (slope + _ERRORS * error) / (trust * length * mean)
-        # Nothing moved yet, as between micro-batches, or the curvature is zero.
+    def dampings(
+        self, layers: Sequence[tuple[nn.Module, SymMatrix]], least: float, trust: float
+    ) -> Tensor:
+        """Of layers on one device, ``(layers,)``, relative to their mean eigenvalues:
+        ``λ / trust``, but at least ``least``.
+        """
+        means = mean_eigenvalues([matrix for _, matrix in layers])
+        counts = [self._counts.get(module, 0) for module, _ in layers]
+        unknown = means.new_full((3,), torch.inf)
+        slope, square, length = torch.stack(
+            [
+                self._averages[module] if count >= _FEWEST else unknown
+                for (module, _), count in zip(layers, counts, strict=True)
+            ],
+            dim=1,
+        )
+        numbers = means.new_tensor([min(max(count, 1), _NUM_VALUES) for count in counts])
+        error = ((square - slope.square()).clamp(min=0) / numbers).sqrt()
+        relative = (slope + _ERRORS * error) / (trust * length * means)
+        # Nothing is known, or moved yet, as between micro-batches, or the curvature is zero.
         return relative.nan_to_num(_LARGEST, _LARGEST).clamp(least, _LARGEST)
 
     def state_dict(self, names: dict[nn.Module, str]) -> dict[str, dict[str, Any]]:

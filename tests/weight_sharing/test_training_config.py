@@ -282,8 +282,8 @@ def test_trust_finds_the_damping_of_the_step_that_was_made():
     mean = float(A.diagonal().mean() * B.diagonal().mean())
     error = float(((square - slope.square()) / 4).sqrt())
     expected = (float(slope) + 2 * error) / float(length) / mean
-    assert float(trust.damping(layer, m, 1e-3, 1.0)) == pytest.approx(expected, rel=1e-9)
-    assert float(trust.damping(layer, m, 1e3, 1.0)) == 1e3
+    assert float(trust.dampings([(layer, m)], 1e-3, 1.0)) == pytest.approx(expected, rel=1e-9)
+    assert float(trust.dampings([(layer, m)], 1e3, 1.0)) == 1e3
 
 
 def test_a_layer_of_which_nothing_is_known_keeps_the_direction_of_its_gradient():
