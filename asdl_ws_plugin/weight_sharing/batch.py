@@ -31,7 +31,7 @@ from torch.autograd.graph import Node
 from . import factors
 from .arrange import Arranged, arranged_input
 from .blocks import LinearBlock, input_group, lent_to, parameters_of
-from .capped import capped, identity
+from .capped import capped, identity, output_side
 from .capture import Call, Layer, Record, last_nodes
 from .errors import LayerError, LayerRuntimeError
 from .operations import ExpandFactors
@@ -243,7 +243,7 @@ class Batch:
             weight: Any = layer.module.weight
             B = identity(
                 weight.shape[0],
-                self.max_side,
+                output_side(self.max_side, _kernel_of(layer.module)),
                 device=weight.device,
                 dtype=factors.accumulation_dtype(weight.dtype),
             )
@@ -288,11 +288,16 @@ def _operation_of(layer: Layer, plan: Plan, model: nn.Module, fvp: bool) -> Oper
     operation.layer_name = layer.name
     if plan.max_side is not None and operation.splits:
         # The input features of a convolution are its kernels, channel by channel.
-        kernel = math.prod(getattr(layer.module, "kernel_size", ()))
-        for method, neighbours in (("cov_kron_A", kernel), ("cov_kron_B", 1)):
-            factor = getattr(operation, method)
-            setattr(operation, method, capped(factor, plan.max_side, neighbours))
+        kernel = _kernel_of(layer.module)
+        side_of_B: Any = output_side(plan.max_side, kernel)
+        operation.cov_kron_A = capped(operation.cov_kron_A, plan.max_side, kernel)
+        operation.cov_kron_B = capped(operation.cov_kron_B, side_of_B)
     return operation
+
+
+def _kernel_of(module: nn.Module) -> int:
+    """How many entries a kernel has; of anything but a convolution 1."""
+    return math.prod(getattr(module, "kernel_size", ()))
 
 
 @contextlib.contextmanager

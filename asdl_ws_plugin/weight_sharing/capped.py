@@ -15,13 +15,21 @@ import torch.nn.functional as F
 from asdl import symmatrix
 from torch import Tensor
 
-__all__ = ["BlockDiagonalKron", "block_sizes", "capped", "identity", "multiply", "multiply_right"]
+__all__ = [
+    "BlockDiagonalKron",
+    "block_sizes",
+    "capped",
+    "identity",
+    "multiply",
+    "multiply_right",
+    "output_side",
+]
 
 # More blocks than this cost more than they are worth: a diagonal instead.
 _MOST_BLOCKS = 16
-# The side of a block of patches. A convolution has few rows beside its many features, so that
-# larger blocks cost a multiple of the step itself: 16 channels of a 3 x 3 kernel.
-_PATCHES_SIDE = 144
+# The sides of a convolution's blocks, 16 channels of a 3 x 3 kernel and 256 outputs: it has few
+# rows beside its many parameters, so that larger ones cost a multiple of the step itself.
+_PATCHES_SIDE, _OUTPUTS_SIDE = 144, 256
 
 
 def block_sizes(side: int, max_side: int | None, kernel: int = 1) -> tuple[int, int]:
@@ -41,6 +49,13 @@ def block_sizes(side: int, max_side: int | None, kernel: int = 1) -> tuple[int, 
         return count, -(-channels // count) * kernel
     count = -(-side // max_side)
     return (count, -(-side // count)) if count <= _MOST_BLOCKS else (side, 1)
+
+
+def output_side(max_side: int | None, kernel: int) -> int | None:
+    """The ``max_side`` of a layer's B: a smaller one for a convolution with a ``kernel`` of more
+    than one entry.
+    """
+    return min(max_side, _OUTPUTS_SIDE) if max_side is not None and kernel > 1 else max_side
 
 
 def capped(

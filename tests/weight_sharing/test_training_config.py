@@ -344,6 +344,44 @@ def test_a_model_with_capped_factors_is_preconditioned_by_their_blocks():
     torch.testing.assert_close(model[0].bias.grad, inverse(kron.B, 9) @ raw[1], rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(("channels", "shape"), [(32, (3, 99, 99)), (11, (2, 54, 54))])
+def test_a_wide_convolution_has_blocks_of_whole_channels(channels: int, shape: tuple[int, ...]):
+    model = nn.Sequential(nn.Conv2d(channels, 6, 3), nn.Flatten(1), nn.Linear(24, 3))
+    max_side = 98 if channels == 11 else 99
+    config = asdl_ws_plugin.TrainingConfig(
+        damping=0.04, ema_decay=1.0, relative_damping=True, max_side=max_side
+    )
+    maker = maker_of(model, config)
+    x, y = torch.randn(8, channels, 4, 4), torch.randint(3, (8,))
+    raw = torch.autograd.grad(F.cross_entropy(model(x), y), model[0].parameters())
+    maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+    maker.forward_and_backward()
+    kron, side = model[0].fisher.kron, 9 * channels
+    rows = F.unfold(x, 3).mT.flatten(0, 1)
+    mask = torch.block_diag(*[torch.ones(shape[1:])] * shape[0])[:side, :side]
+    whole = rows.mT @ rows / (8 * 4)
+    assert kron.A.shape == shape
+    torch.testing.assert_close(dense(kron.A, side), whole * mask)
+    mean = kron.A.diagonal(dim1=-2, dim2=-1).mean()
+    A_inv = torch.linalg.inv(whole * mask + split(0.04) * mean * torch.eye(side))
+    B_inv = torch.linalg.inv(kron.B + split(0.04) * kron.B.diagonal().mean() * torch.eye(6))
+    torch.testing.assert_close(
+        model[0].weight.grad.flatten(1), B_inv @ raw[0].flatten(1) @ A_inv, rtol=1e-8, atol=1e-12
+    )
+
+
+def test_the_outputs_of_a_wide_convolution_are_blocks_whatever_the_fisher_type():
+    for fisher_type in ("fisher_emp", "fisher_forward_only"):
+        model = nn.Sequential(nn.Conv2d(2, 300, 3), nn.Conv2d(300, 300, 1), nn.Flatten(1))
+        maker = maker_of(model, asdl_ws_plugin.recommended(), fisher_type=fisher_type)
+        x, y = torch.randn(2, 2, 3, 3), torch.randint(300, (2,))
+        maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+        maker.forward_and_backward()
+        # a kernel of one entry makes a linear layer
+        assert model[0].fisher.kron.B.shape == (2, 150, 150)
+        assert model[1].fisher.kron.B.shape == (300, 300)
+
+
 # ------------------------------------------------------------------------------------- the state
 
 
