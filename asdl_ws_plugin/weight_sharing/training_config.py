@@ -58,7 +58,9 @@ class TrainingConfig(PreconditioningConfig):
             divergence of one step, may be; a longer step is shortened, all layers alike.
         learning_rate: the optimizer's, for ``kl_clip``; a number or a function of the step.
         max_side: a Kronecker factor of a larger side is a block diagonal of equal blocks at most
-            that large; one of more than 16 such blocks is a diagonal.
+            that large; one of more than 16 such blocks is a diagonal. A convolution with a kernel
+            of more than one entry has smaller blocks: of A, where it is wider, of whole channels
+            with at most 144 rows, and of B of at most 256.
         second_moment: Adam's β2, as 0.95: in front of any optimizer, the gradient of a layer with
             Kronecker factors is divided by the root of its own second moment in the factors'
             eigenbasis, which ``preconditioner_upd_interval`` renews, instead of by the factors
