@@ -63,13 +63,10 @@ class Plan:
     ) -> None:
         self.model = model
         self.setting: str | None = None
-        # Kronecker factors of a larger side are block diagonals (:mod:`~.capped`).
+        # Wider Kronecker factors are in blocks (:mod:`~.capped`); upstream damps factors in place.
         self.max_side: int | None = None
-        # Upstream adds damping to the factors themselves, and takes it away again.
         self.damps_in_place = True
-        self._known_blocks = {
-            module for module in model.modules() if isinstance(module, LinearBlock)
-        }
+        self._known_blocks = {m for m in model.modules() if isinstance(m, LinearBlock)}
         self._subclasses = Subclasses()
         found = select_layers(
             model, fisher_shapes, shared_dim, ignore_modules or (), kronecker_only, on_refusal

@@ -30,6 +30,9 @@ from .trust import StepTrust
 
 __all__ = ["TrainingOptions"]
 
+# The name and the module of a layer, or of the model, and its curvature.
+_Found = tuple[str, nn.Module, SymMatrix]
+
 
 class TrainingOptions(NaturalGradientMaker):
     """The part of :class:`~.grad_maker.WeightSharing` that reads a ``TrainingConfig``."""
@@ -128,6 +131,7 @@ class TrainingOptions(NaturalGradientMaker):
 
     def update_relative_inverses(self) -> list[tuple[str, SymMatrix]]:
         """The inverses of all layers that are this rank's; returns their curvature."""
+        config = self.config
         owned = [
             layer
             for shape, ranks in zip(_module_level_shapes, self.partitions, strict=True)
@@ -142,10 +146,10 @@ class TrainingOptions(NaturalGradientMaker):
             ]
             if (matrix := self._get_module_fisher(module)) is not None
         ]
-        if self.config.second_moment is not None:
+        if config.second_moment is not None:
             self._update_bases()
             found = [entry for entry in found if entry[2].kron is None]
-        kept = update_inverses(self._with_dampings(found))
+        kept = update_inverses(_with_dampings(config, self.step_trust, self.model, found))
         if kept and not self._failure_reported:
             self._failure_reported = True
             warn(
@@ -170,30 +174,6 @@ class TrainingOptions(NaturalGradientMaker):
                 sides = weight[0].numel(), weight.shape[0]
                 A, B = map(basis, matrix.kron.data, sides)
                 self.second_moments.set_bases(layer.name, (A, B))
-
-    def _with_dampings(
-        self, found: list[tuple[str, nn.Module, SymMatrix]]
-    ) -> Iterator[tuple[str, SymMatrix, Tensor]]:
-        """Names and matrices with their relative dampings.
-
-        That of the model, with the full Fisher, is ``damping``: it has no step of a layer.
-        """
-        config = self.config
-        groups: dict[Any, list[tuple[str, nn.Module, SymMatrix]]] = defaultdict(list)
-        for entry in found:
-            _, module, matrix = entry
-            like = tensors(matrix)[0]
-            follows = config.trust is not None and module is not self.model
-            groups[like.device, like.dtype, follows].append(entry)
-        for (device, dtype, follows), group in groups.items():
-            if follows:
-                layers = [(module, matrix) for _, module, matrix in group]
-                dampings = self.step_trust.dampings(layers, config.damping, config.trust).unbind()
-            else:  # one tensor, so that layers with one A have one inverse of it
-                one = torch.full((), config.damping, dtype=dtype, device=device)
-                dampings = (one,) * len(group)
-            for (name, _, matrix), damping in zip(group, dampings, strict=True):
-                yield name, matrix, damping
 
     # --------------------------------------------------------------------------------- the gradient
 
@@ -241,3 +221,27 @@ class TrainingOptions(NaturalGradientMaker):
             for p in parameters_of(module)
         ]
         return [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
+
+
+def _with_dampings(
+    config: Any, step_trust: StepTrust, model: nn.Module, found: list[_Found]
+) -> Iterator[tuple[str, SymMatrix, Tensor]]:
+    """Names and matrices with their relative dampings.
+
+    That of the model, with the full Fisher, is ``damping``: it has no step of a layer.
+    """
+    groups: dict[Any, list[_Found]] = defaultdict(list)
+    for entry in found:
+        _, module, matrix = entry
+        like = tensors(matrix)[0]
+        follows = config.trust is not None and module is not model
+        groups[like.device, like.dtype, follows].append(entry)
+    for (device, dtype, follows), group in groups.items():
+        if follows:
+            layers = [(module, matrix) for _, module, matrix in group]
+            dampings = step_trust.dampings(layers, config.damping, config.trust).unbind()
+        else:  # one tensor, so that layers with one A have one inverse of it
+            one = torch.full((), config.damping, dtype=dtype, device=device)
+            dampings = (one,) * len(group)
+        for (name, _, matrix), damping in zip(group, dampings, strict=True):
+            yield name, matrix, damping
