@@ -16,8 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = ("2.5.1", "2.14.1")
 ASDL = ("0.1a4", "0.1a5")
-# What the quick tests import beside PyTorch. Pins of constraints.txt are for its own PyTorch.
-PEERS = ("pytest", "pytest-xdist", "numpy<2.3", "torch-geometric")
+# What the quick tests import beside PyTorch, in the versions that go with the pair's: the pins of
+# constraints.txt are for one PyTorch alone.
+PEERS = (
+    "pytest",
+    "pytest-xdist",
+    "numpy<2.3",
+    "curvlinops-for-pytorch",
+    "rich",
+    "timm",
+    "torch-geometric",
+    "torchvision",
+    "transformers",
+)
 # These compare with peers that are not installed, or are about one release alone.
 IGNORED = ("examples", "upstream/test_patches.py")
 

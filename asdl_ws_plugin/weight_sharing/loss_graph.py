@@ -13,7 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from .observe_loss import Observation
 
-__all__ = ["LossGraph", "node_of", "places_of"]
+__all__ = ["LossGraph", "is_weighted_by_one", "node_of", "places_of", "probe_of"]
 
 # Operations on each element, or that move elements, by the names of autograd's nodes. A chain of
 # them leaves every term a function of its own row.
@@ -111,12 +111,12 @@ class LossGraph:
         sizes = list(x.shape)  # with 1 in the place of the classes: a number for each term
         if x.ndim > 1 or call.loss_type == LOSS_CROSS_ENTROPY:
             sizes[min(1, x.ndim - 1) if call.loss_type == LOSS_CROSS_ENTROPY else -1] = 1
-        weight, values = _ones_and_twos(sizes, x), _values(x)
+        weight, values = _ones_and_twos(sizes, x), probe_of(x)
         plain, weighted = (
             torch.autograd.grad(x, self.logits, v, retain_graph=True)[0]
             for v in (values, values * weight)
         )
-        if not _is_weighted_by_one(plain, weighted):
+        if not is_weighted_by_one(plain, weighted):
             return False
         met = _as_rows(plain) != 0
         if int(met.any(-1).sum()) <= weight.numel() and int(met.sum()) <= x.numel():
@@ -133,7 +133,7 @@ class LossGraph:
         if num_rows % num_examples:
             return True  # ragged: a term of several examples cannot be told
         ids = torch.arange(num_rows, device=x.device)
-        values = _values(self.logits)
+        values = probe_of(self.logits)
         with torch.enable_grad():
             start = torch.zeros_like(x, requires_grad=True)
             (back,) = torch.autograd.grad(x, self.logits, start, create_graph=True)
@@ -145,7 +145,7 @@ class LossGraph:
                 torch.autograd.grad(back, start, v, retain_graph=True)[0]
                 for v in (values, weighted_values)
             )
-            found.append(_is_weighted_by_one(plain, weighted))
+            found.append(is_weighted_by_one(plain, weighted))
         return any(found)
 
     def _is_local(self, x: Tensor) -> bool:
@@ -174,7 +174,7 @@ def places_of(x: Tensor, logits: Tensor) -> Tensor:
     """Which of the logits a tensor is computed from: booleans of the sizes of the logits."""
     found = None
     if x.requires_grad:
-        (found,) = torch.autograd.grad(x, logits, _values(x), retain_graph=True, allow_unused=True)
+        (found,) = torch.autograd.grad(x, logits, probe_of(x), retain_graph=True, allow_unused=True)
     return torch.ones_like(logits, dtype=torch.bool) if found is None else found != 0
 
 
@@ -211,13 +211,13 @@ def _ones_and_twos(sizes: list[int], like: Tensor) -> Tensor:
     return (1 + number % 2).to(like.dtype).view(sizes)
 
 
-def _is_weighted_by_one(plain: Tensor, weighted: Tensor) -> bool:
+def is_weighted_by_one(plain: Tensor, weighted: Tensor) -> bool:
     """Whether every number was weighted with 1 or with 2, and none with a mean of them."""
     off = torch.minimum((weighted - plain).abs(), (weighted - 2 * plain).abs()).max()
     return bool(off <= plain.abs().max() * torch.finfo(plain.dtype).eps ** 0.5)
 
 
-def _values(x: Tensor) -> Tensor:
+def probe_of(x: Tensor) -> Tensor:
     """Numbers without a pattern, of the sizes and the dtype of x."""
     numbers = torch.arange(1, x.numel() + 1, device=x.device, dtype=torch.float32)
     return numbers.sin().to(x.dtype).view(x.shape)

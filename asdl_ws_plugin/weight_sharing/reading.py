@@ -31,6 +31,7 @@ from .observe_loss import Observation
 from .output_grads import CallPart, HessianPart, Part
 from .own_hessian import depends_on_elements_alone, roots_of_positive_parts, row_hessians
 from .read_loss import UNKNOWN_SCALE, LossTerms, observed_terms, unread_terms
+from .shared_terms import CountedCall, num_different_terms
 
 __all__ = ["LOSS_AUTO", "Reading", "check_loss_type", "read_loss"]
 
@@ -174,21 +175,20 @@ def _whole(calls: list[tuple[str, LossTerms]], loss: Tensor | None, logits: Tens
     if len(calls) == 1:
         terms = calls[0][1]
         return Reading(calls, True, terms.sum_factor, terms.num_terms, terms.num_rows, loss, logits)
+    sum_factor = _joint_scale(calls, logits)
     places = [places_of(terms.logits, logits) for _, terms in calls]
-    # Calls of the same logits are one term with the sum of their weights, as those of mixup are.
-    groups: list[tuple[Tensor, int, Tensor | float]] = []
-    for place, (_, terms) in zip(places, calls, strict=True):
-        weight = 1 / terms.sum_factor
-        for k, (other, size, sum_of_weights) in enumerate(groups):
-            if torch.equal(place, other):
-                groups[k] = (other, size, sum_of_weights + weight)
-                break
-        else:
-            groups.append((place, terms.num_rows, weight))
-    total = sum(size for _, size, _ in groups)
-    sum_factor = total / sum(size * weight for _, size, weight in groups)
     rows = torch.stack([place.reshape(_rows(logits)).any(-1) for place in places]).any(0)
     return Reading(calls, True, sum_factor, sum_factor, int(rows.sum()), loss, logits)
+
+
+def _joint_scale(calls: list[tuple[str, LossTerms]], logits: Tensor) -> Tensor | float:
+    """κ of several calls: how many terms they have, over the sum of what the loss weighs each with.
+
+    So it is that of one call with reduction 'none' and the same weights, if there is one.
+    """
+    counted = [CountedCall(name, terms) for name, terms in calls if float(1 / terms.sum_factor)]
+    weight = sum(int(call.counts.sum()) / call.terms.sum_factor for call in counted)
+    return num_different_terms(counted, logits) / weight if float(weight) else 1.0
 
 
 def _rows(logits: Tensor) -> tuple[int, int]:

@@ -62,7 +62,7 @@ FLOORS = [
         "selection",
         "state_dict",
     },
-    {"output_grads", "padded", "plan", "state_check"},
+    {"output_grads", "padded", "plan", "shared_terms", "state_check"},
     {"arrange", "joint", "reading", "unseen"},
     {"batch", "model_calls", "no_labels", "place", "probe", "step"},
     {"commit", "forgotten", "operate"},
