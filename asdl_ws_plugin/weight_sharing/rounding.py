@@ -22,7 +22,7 @@ from .trust import mean_eigenvalues
 
 __all__ = ["rounding_noise"]
 
-# Keys of 16 to 256 tokens, at the start and near the end of a training, had up to 25 eps² in float32
+# Keys of 16 to 256 tokens, at the start and late in a training, had up to 25 eps² in float32
 # and float64; their neighbours had from 1 up.
 _MARGIN = 1e4
 # In half precision eps² is not that small.
