@@ -42,8 +42,10 @@ def rounding_noise(layers: Iterable[tuple[str, nn.Module, SymMatrix]]) -> dict[s
     for name, module, matrix in layers:
         weight: Any = getattr(module, "weight", None)
         if matrix.kron is not None and weight is not None and weight.grad is not None:
-            like = matrix.kron.B
-            groups[like.device, like.dtype, weight.grad.dtype].append((name, weight.grad, matrix))
+            like, grad = matrix.kron.B, weight.grad
+            # The part that this rank has will do, and takes no other rank's time.
+            grad = grad.to_local() if hasattr(grad, "to_local") else grad
+            groups[like.device, like.dtype, grad.dtype].append((name, grad, matrix))
     found: dict[str, Tensor] = {}
     for (_, dtype, precision), group in groups.items():
         names, grads, matrices = zip(*group, strict=True)
