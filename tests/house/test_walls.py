@@ -37,8 +37,8 @@ FLOORS = [
         "trust",
         "wrappers",
     },
-    {"factors", "lineage", "matrices", "registry", "second_moments", "step_length"},
-    {"capture"},
+    {"factors", "lineage", "matrices", "registry", "rounding", "second_moments", "step_length"},
+    {"capture", "packing"},
     {
         "likelihoods",
         "live",
