@@ -12,7 +12,11 @@ _EXAMPLE = re.compile(r"(?:^[ ]*>>> .*\n?(?:^(?![ ]*$).*\n?)*)(?:\n(?=[ ]*>>> ))
 
 
 def as_markdown(docstring: str) -> str:
-    """``:class:`~a.b.C``` is ``C``; lines from ``>>>`` to an empty line are a block."""
+    """``:class:`~a.b.C``` is ``C``; lines from ``>>>`` to an empty line are a block; and ``::``
+    before an indented block, which is one in Markdown, too, is a colon or nothing.
+    """
+    docstring = re.sub(r"(?<=\S)::$", ":", docstring, flags=re.M)
+    docstring = re.sub(r"^ *::\n", "", docstring, flags=re.M)
     docstring = _ROLE.sub(lambda match: f"`{match[1].rsplit('.', 1)[-1]}`", docstring)
     return _EXAMPLE.sub(lambda match: f"```pycon\n{match[0].rstrip()}\n```\n", docstring)
 

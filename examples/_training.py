@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import asdl
 import torch
 import torch.nn.functional as F
 from asdl.fisher import FisherConfig, get_fisher_maker
@@ -55,27 +54,17 @@ def nadamw(
     return optimizer, schedule
 
 
-def train_classifier(
-    model: nn.Module, data: Any, epochs: int, settings: Baseline, damping: float
-) -> None:
+def train_classifier(model: nn.Module, data: Any, epochs: int, settings: Baseline) -> None:
     """Train with K-FAC-reduce on top of NAdamW; ``data`` has a length and yields ``(x, y)``."""
     optimizer, schedule = nadamw(model, settings, epochs * len(data))
-    # Not the preset: the Laplace approximations on the documentation's page of figures are of
-    # weights that these settings led to.
-    config = asdl.PreconditioningConfig(
-        damping=damping,
-        ema_decay=0.05,
-        preconditioner_upd_interval=10,
-        ignore_modules=[nn.LayerNorm],
-    )
-    maker = asdl_ws_plugin.KfacGradientMaker(model, config, shared_dim="reduce")
+    prec = asdl_ws_plugin.Preconditioner(model, shared_dim="reduce", ignore_modules=[nn.LayerNorm])
     for _ in range(epochs):
         for x, y in data:
-            maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
-            maker.forward_and_backward()
+            prec.backward(F.cross_entropy(model(x), y))
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+    prec.close()
 
 
 def linear_layers(model: nn.Module) -> list[Any]:

@@ -5,9 +5,8 @@ factors, against a diagonal and against nothing.
 
 Every task is to read the digits with their pixels in another order. After a task the Fisher matrix
 F_t at its weights θ_t is kept, and later tasks pay ``λ/2 Σ_t (θ - θ_t)ᵀ F_t (θ - θ_t)`` for leaving
-them. With Kronecker factors the quadratic of a layer is ``tr(ΔWᵀ B ΔW A)``, and that of its bias
-``Δbᵀ B Δb``. λ is chosen for each method by the mean accuracy over the validation images of all
-tasks.
+them. With Kronecker factors the quadratic of a layer is ``tr(ΔWᵀ B ΔW A)``, that of its bias ``Δbᵀ
+B Δb``. λ is each method's best by the mean accuracy over the validation images of all tasks.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import _report
 from _training import exact_fisher, linear_layers
 from vit_digits import BATCH_SIZE, Digits, accuracy
 
-from asdl_ws_plugin import kronecker
+from asdl_ws_plugin import Preconditioner, kronecker
 
 STRENGTHS = (1.0, 10.0, 100.0)  # the λ that are tried
 Penalty = Callable[[nn.Module], Tensor]
@@ -88,14 +87,16 @@ def learn(name: str, strength: float, tasks: list[Digits], epochs: int, seed: in
     for task in tasks:
         x, y = task.train
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        prec = Preconditioner(model)
         for _ in range(epochs):
             for batch in torch.randperm(len(y)).split(BATCH_SIZE):
                 loss = F.cross_entropy(model(x[batch]), y[batch])
                 for penalty in penalties:
                     loss = loss + strength * penalty(model)
                 optimizer.zero_grad()
-                loss.backward()
+                prec.backward(loss)
                 optimizer.step()
+        prec.close()
         if METHODS[name] is not None:
             penalties.append(METHODS[name](model, x))
         models.append(copy.deepcopy(model))
@@ -138,10 +139,8 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
             for i, model in enumerate(runs[best])
         ]
 
-    title = "Permuted digits, one task after the other"
-    labels = ("tasks learned", "mean test accuracy")
-    path = options.out / "continual_learning"
-    counts = range(1, num_tasks + 1)
+    title, counts = "Permuted digits, one task after the other", range(1, num_tasks + 1)
+    path, labels = options.out / "continual_learning", ("tasks learned", "mean test accuracy")
     _report.console().print(_report.compare(results, counts, path, title, labels))
     return results
 

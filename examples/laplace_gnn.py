@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> list[_laplace.Scores]:
     torch.manual_seed(options.seed)
     model = OfBatch(training[0].x.shape[1], training[0].edge_attr.shape[1], width).double()
     asdl_ws_plugin.attach_segments(model, "pyg")
-    train_classifier(model, Labelled(training, shuffle=True), epochs, REDUCE, damping=1e-2)
+    train_classifier(model, Labelled(training, shuffle=True), epochs, REDUCE)
     model.eval()
     _laplace.freeze_others(model)
 

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> list[_laplace.Scores]:
     torch.manual_seed(options.seed)
     model = vision_transformer(depth=2, width=width).double()
     batches = DataLoader(training, batch_size=50, shuffle=True)
-    train_classifier(model, batches, epochs, KFAC, damping=1e-3)
+    train_classifier(model, batches, epochs, KFAC)
     model.eval()
     _laplace.freeze_others(model)
     for block in model.blocks:

@@ -1,5 +1,5 @@
 """Prune a Vision Transformer without training it again: the optimal brain surgeon with
-K-FAC-reduce, against the smallest weights.
+K-FAC-reduce, against the smallest weights. It was trained with K-FAC-reduce, too.
 
     python examples/pruning.py
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import _report
 from _training import exact_fisher, linear_layers
-from vit_digits import NADAMW, QUICK_EPOCHS, Digits, accuracy, train, vision_transformer
+from vit_digits import PRESET, QUICK_EPOCHS, Digits, accuracy, train, vision_transformer
 
 from asdl_ws_plugin import kronecker
 
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     data = Digits.load()
     torch.manual_seed(options.seed)
     trained = vision_transformer(depth)
-    train(NADAMW, data, epochs, options.seed, model=trained)
+    train(PRESET, data, epochs, options.seed, model=trained)
     results: dict[str, list[float]] = {}
     for name, prune in METHODS.items():
         model = copy.deepcopy(trained).eval()

@@ -75,4 +75,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("KfacGradientMaker", "segments", "convert", "inverse_root"):
         assert f">{name}</span>" in reference or f">{name}<" in reference, name
     assert ":class:" not in reference and ":func:" not in reference
+    assert "three lines:</p>" in reference and not re.search(r"::\s*</p>", reference)
+    figures = (tmp_path / "figures" / "index.html").read_text(encoding="utf-8")
+    assert '<a href="pruning.png"><img' in figures  # opens in full size
     assert "Refusals" in (tmp_path / "refusals" / "index.html").read_text(encoding="utf-8")
