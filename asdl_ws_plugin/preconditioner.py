@@ -145,7 +145,7 @@ class Preconditioner:
         try:
             with self._statistics.timed("step"):
                 self.maker.finish_step()
-                self._done.leave(gradients_of(self.maker.model))
+                self._done.leave(gradients_of(self.maker))
         finally:
             self._next()
         self._statistics.note(before, due, self.num_skipped)
@@ -174,7 +174,7 @@ class Preconditioner:
             {"params": [], "preconditioned": True},
             {"params": [], "preconditioned": False},
         ]
-        for p in self.maker.model.parameters():
+        for p in self.maker.parameters():
             if p.requires_grad:
                 groups[id(p) not in inside]["params"].append(p)
         return groups
@@ -216,12 +216,12 @@ class Preconditioner:
         """Whether there is something to do: a backward pass since the last step."""
         if self._is_due():
             return self._seen_backward
-        grads = gradients_of(self.maker.model)
+        grads = gradients_of(self.maker)
         return bool(grads) and not self._done.are(grads)
 
     def _check_seen(self) -> None:
         due = self._is_due()
-        if not self._seen_backward and self._done.are(gradients_of(self.maker.model)):
+        if not self._seen_backward and self._done.are(gradients_of(self.maker)):
             raise RuntimeError(
                 "The gradients in .grad are those that the last step has preconditioned: there was "
                 "no backward pass since. Call step() once for each step of the optimizer, after "
@@ -249,7 +249,7 @@ class Preconditioner:
         _check_backward(len(seen), gradient is not None or inputs is not None or create_graph)
         (forward,) = seen
         captured = self._passes.take(forward, loss, self._select(forward.output))
-        if not gradients_of(self.maker.model):
+        if not gradients_of(self.maker):
             # Gradients were dropped since, as after a step that a GradScaler skipped.
             self.maker.fisher_maker.micro_batches = None
         self._seen_backward = True
@@ -271,7 +271,7 @@ class Preconditioner:
             self._overflowed = True
             self.num_skipped += 1
             maker.fisher_maker.micro_batches = None
-            for p in maker.model.parameters():
+            for p in maker.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, torch.inf)
 
@@ -293,7 +293,9 @@ def _check_finite(maker: Any) -> None:
     """Raise a FloatingPointError if a gradient is not finite, on any rank: a scaler knows that of
     its own only, and all have to skip the same steps.
     """
-    norms = torch.stack([grad.abs().max().float() for grad in gradients_of(maker.model)])
+    sharded = maker.sharded is not None
+    parts = [grad.to_local() if sharded else grad for grad in gradients_of(maker)]
+    norms = torch.stack([part.abs().max().float() for part in parts if part.numel()])
     maker.ranks.begin()
     if not bool(torch.isfinite(norms).all()):
         error = FloatingPointError("Gradients overflow.")

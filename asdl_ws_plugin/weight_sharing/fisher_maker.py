@@ -17,8 +17,10 @@ anywhere leaves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ from .plan import Plan
 from .probe import counted
 from .ranks import Ranks
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .sharded import sharded_model
 from .shares import Share
 from .step import NOT_GIVEN, Step, check_data_size
 from .torch_private import is_sharded_by_fsdp1, unwrapped
@@ -112,19 +115,15 @@ def check_config(model: nn.Module, config: FisherConfig) -> None:
 
 
 def check_not_sharded(model: nn.Module) -> None:
-    """Raise a ValueError if a rank has parts of parameters only."""
+    """Raise a ValueError for a model of FSDP1, of whose parameters a rank has parts only."""
     for name, p in model.named_parameters():
-        if hasattr(p, "device_mesh"):
-            what = "a DTensor, as fully_shard makes them"
-        elif is_sharded_by_fsdp1(p):
-            what = "sharded by FullyShardedDataParallel"
-        else:
-            continue
-        raise ValueError(
-            f"Parameter '{name}' is {what}: each rank has a part of it, but the curvature is of "
-            "whole layers. Train with whole copies of the model on every rank instead, with "
-            "DistributedDataParallel or without a wrapper."
-        )
+        if is_sharded_by_fsdp1(p):
+            raise ValueError(
+                f"Parameter '{name}' is sharded by FullyShardedDataParallel: each rank has a part "
+                "of it, but the curvature is of whole layers. Shard with fully_shard, which has "
+                "replaced it, or train with whole copies of the model on every rank, with "
+                "DistributedDataParallel or without a wrapper."
+            )
 
 
 class WeightSharingFisherMaker(ModelCalls, JointBatches):
@@ -236,6 +235,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
                 raise ValueError(f"{option} and calc_inv cannot be True at the same time.")
         check_data_size(data_size)
         check_setup(self, needs_loss=self.is_fisher_emp or calc_loss_grad)
+        self._check_sharded(fvp)
         step = Step(
             self.config.data_size if data_size == NOT_GIVEN else data_size,
             self.config.scale if scale is None else scale,
@@ -262,15 +262,55 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         """
         check_captured(captured, self.config.fisher_type, self.plan)
         reading = read(captured, self.plan, self.config, step.has_data_size)
-        count, evidence = counted(self.plan, self.plan.layers, captured)
-        self._decide(reading.num_rows, count.num_logits_of_examples)
-        scales = step.scales(reading, count, captured.loss is not None, captured.loss_scale)
-        captured = replace(captured, record=self._live(captured, reading))
-        batch = self._arranged(captured, reading, count, evidence, step, scales[0])
-        scale_B = scales[0 if self.config.fisher_type == FISHER_FORWARD_ONLY else 1]
-        estimate = self._estimate()
-        operate(batch, captured, reading, count, estimate, scale_B, step.calc_loss_grad)
+        with self._gathered():
+            count, evidence = counted(self.plan, self.plan.layers, captured)
+            self._decide(reading.num_rows, count.num_logits_of_examples)
+            scales = step.scales(reading, count, captured.loss is not None, captured.loss_scale)
+            captured = replace(captured, record=self._live(captured, reading))
+            batch = self._arranged(captured, reading, count, evidence, step, scales[0])
+            scale_B = scales[0 if self.config.fisher_type == FISHER_FORWARD_ONLY else 1]
+            backward = None
+            if step.calc_loss_grad:
+                assert captured.loss is not None
+                weight, backward = self._backward(captured, reading)
+                if self.is_fisher_emp and weight:  # what arrives at the layers has that weight, too
+                    scale_B = scale_B / weight**2
+            operate(batch, captured, reading, count, self._estimate(), scale_B, backward)
         self._keep(batch, reading, step, captured.loss_scale)
+
+    def _gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Around what is sent back for the curvature."""
+        if self.sharded is None:
+            return contextlib.nullcontext()
+        self.ranks.agree(f"{self.place}, batch")
+        return self.sharded.gathered()
+
+    def _backward(
+        self, captured: Captured, reading: Reading
+    ) -> tuple[float, Callable[[], None]]:
+        """The backward pass of the loss, and the weight that it gives to the loss."""
+        loss, sharded, ranks = captured.loss, self.sharded, self.ranks
+        assert loss is not None
+        if sharded is None:
+            return 1.0, loss.backward
+        what = f"{self.place}, gradients"
+        weight = 1.0
+        if ranks.size > 1:
+            weight = sharded.weight(ranks, what, share_of(reading, 0, captured.loss_scale))
+        return weight, partial(sharded.send_back, ranks, what, loss, weight)
+
+    def _check_sharded(self, fvp: bool) -> None:
+        if self.sharded is None and sharded_model(self.model) is None:
+            return
+        if fvp or not self.belongs_to_maker:
+            raise ValueError(
+                "The model is sharded by fully_shard, which gradient makers and the Preconditioner "
+                "understand. Compute Fisher matrices and their products with a whole copy of it."
+            )
+        if self.sharded is None:
+            raise ValueError(
+                "The model was sharded after the gradient maker was made. Make it afterwards."
+            )
 
     def _arranged(
         self,

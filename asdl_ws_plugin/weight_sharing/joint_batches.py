@@ -14,6 +14,7 @@ from .micro_batches import MicroBatches
 from .operate import FISHER_FORWARD_ONLY
 from .plan import Plan
 from .ranks import Ranks
+from .sharded import ShardedModel
 from .shares import Share
 from .step import Step
 from .transaction import put_aside
@@ -30,6 +31,7 @@ class JointBatches(FisherMaker):
         micro_batches: those of the step, where there are several.
         belongs_to_maker: whether a gradient maker sets all of this.
         ranks: the processes that train together.
+        sharded: a model that ``fully_shard`` was called on.
         place: where they are in their training.
         share: what this one's last batch was of the joint one.
     """
@@ -41,6 +43,7 @@ class JointBatches(FisherMaker):
     micro_batches: MicroBatches | None = None
     belongs_to_maker = False
     ranks: Ranks
+    sharded: ShardedModel | None = None
     place = ""
     share: Share
 

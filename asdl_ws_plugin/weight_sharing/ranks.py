@@ -51,7 +51,7 @@ class Ranks(Agreement):
         # A tensor that is there several times is sent once.
         unique = {id(t): (i, t) for i, t in reversed([*enumerate(tensors)]) if t is not None}
         entries = sorted(unique.values(), key=lambda entry: entry[0])
-        with self._exchanging(), torch.no_grad():
+        with self.exchanging(), torch.no_grad():
             for bucket in _buckets(entries):
                 vector = torch.cat(
                     [
@@ -80,7 +80,7 @@ class Ranks(Agreement):
     def broadcast_(self, tensors: list[Tensor], owner: int) -> None:
         """Give all ranks the values that ``owner`` has, in place."""
         source = owner if self.group is None else dist.get_global_rank(self.group, owner)
-        with self._exchanging(), torch.no_grad():
+        with self.exchanging(), torch.no_grad():
             for bucket in _buckets(list(enumerate(tensors))):
                 vector = torch.cat([tensor.flatten() for _, tensor in bucket])
                 dist.broadcast(vector, source, group=self.group)

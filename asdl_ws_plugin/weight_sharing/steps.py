@@ -88,6 +88,7 @@ class TransactionalSteps(TrainingOptions):
                     maker.micro_batches = maker.micro_batches.with_share(maker.share)
                 if self.do_update_curvature(step):
                     self.update_curvature()
+                joint = joint or self.sharded is not None  # fully_shard joins them itself
                 if self.ranks.size > 1 and (joint or maker.micro_batches.is_joint):
                     self._join_gradients(snapshot)
         except BaseException:
@@ -109,9 +110,20 @@ class TransactionalSteps(TrainingOptions):
         maker.micro_batches = replace(batches, is_joint=True)
 
     def _average(self, share: Share) -> None:
+        if self.sharded is not None:  # the backward pass has done it
+            return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         what = f"{self.fisher_maker.place}, gradients"
         self.ranks.average_gradients(what, parameters, share)
+
+    def backward(self) -> None:
+        """Of a step without curvature."""
+        if self.sharded is None:
+            super().backward()
+            return
+        what = f"{self.fisher_maker.place}, gradients"
+        weight = self.sharded.weight(self.ranks, what, self.fisher_maker.share)
+        self.sharded.send_back(self.ranks, what, self._loss, weight)
 
     def finish_step(self) -> None:
         """Upstream's step after its gradient and curvature: the average, the inverses, and the
@@ -150,7 +162,7 @@ class TransactionalSteps(TrainingOptions):
         try:
             self.precondition()
         except BaseException:
-            for p in self.model.parameters():
+            for p in self.parameters():
                 p.grad = None
             raise
 
@@ -163,6 +175,8 @@ class TransactionalSteps(TrainingOptions):
                 preconditioned; and they come back if it fails.
         """
         self.ranks.begin()
+        if self.sharded is not None and self.fisher_maker.given is None:
+            self.sharded.reshard()  # unless a backward pass is to follow
         carry(self)
         before = Snapshot(self, with_grads)
         try:
@@ -185,6 +199,11 @@ class TransactionalSteps(TrainingOptions):
         """The output and the loss of a step that was skipped."""
         maker = self.fisher_maker if self.do_update_curvature() else self
         return maker._model_output, maker._loss
+
+    def call_model(self) -> Any:
+        """Upstream's. Ranks of a sharded model wait for each other in it."""
+        with nullcontext() if self.sharded is None else self.ranks.exchanging():
+            return super().call_model()
 
     def call_loss(self) -> Tensor:
         """Upstream's, with the losses of AlgoPerf's workloads understood, too."""

@@ -38,6 +38,7 @@ __all__ = [
     "padding_of",
     "remove_forward_hooks",
     "remove_function_mode",
+    "reshards_after_backward",
     "set_function_modes",
     "unwrapped",
     "version_of",
@@ -211,3 +212,13 @@ def set_function_modes(wanted: list[Any]) -> None:
 def is_sharded_by_fsdp1(p: nn.Parameter) -> bool:
     """Whether FullyShardedDataParallel has a Parameter's values, or a part of them."""
     return getattr(p, "_fsdp_flattened", False)
+
+
+def reshards_after_backward(unit: Any) -> bool:
+    """What ``set_reshard_after_backward`` of a module that ``fully_shard`` was called on has set;
+    it can only be set.
+    """
+    state = unit._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # newer versions; before, there was one
+    groups = [state._fsdp_param_group] if groups is None else groups
+    return all(group.reshard_after_backward for group in groups if group is not None)

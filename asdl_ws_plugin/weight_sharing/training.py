@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .inverses import update_inverses
 from .matrices import tensors
 from .schedule import is_due
 from .second_moments import SecondMoments, eigenvectors
-from .step_length import clipped, grafted
+from .step_length import clipped, clipping_factor, grafted, noting_change
 from .training_config import TrainingConfig, at_step
 from .trust import StepTrust
 
@@ -39,6 +39,9 @@ class TrainingOptions(NaturalGradientMaker):
 
     plan: Any
     fisher_maker: Any
+    #: What there is to know of a model that ``fully_shard`` was called on, a
+    #: :class:`~.sharded.ShardedModel`; ``None`` for any other.
+    sharded: Any = None
     _failure_reported = False
     _own_config: PreconditioningConfig
 
@@ -184,20 +187,55 @@ class TrainingOptions(NaturalGradientMaker):
         if config is None:
             yield
             return
-        self.step_trust.measure()
-        with contextlib.ExitStack() as stack:
-            if config.graft:
-                stack.enter_context(grafted(self._layer_grads))
-            elif config.kl_clip is not None:
-                rate: Any = config.learning_rate
-                stack.enter_context(clipped(self._layer_grads, config.kl_clip, rate))
+        self.step_trust.measure(self._reading)
+        rate: Any = config.learning_rate
+        if self.sharded is not None:
+            products: list[Tensor] = []
+            self._products = products
+            yield
+            if config.kl_clip is not None and products:
+                factor = clipping_factor(products, config.kl_clip, rate)
+                self.sharded.scale(self._layer_modules(), factor)
+        elif config.graft:
+            with grafted(self._layer_grads):
+                yield
+        elif config.kl_clip is not None:
+            with clipped(self._layer_grads, config.kl_clip, rate):
+                yield
+        else:
             yield
         # Weights are kept for a step from time to time.
         step = self.state["step"] + 1
         if config.trust is not None and (
             self.do_update_preconditioner(step) or self.do_update_curvature(step)
         ):
-            self.step_trust.note(layer.module for layer in self.plan.layers)
+            self.step_trust.note((layer.module for layer in self.plan.layers), self._reading)
+
+    def _reading(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A module's whole weight and gradient, to be read."""
+        if self.sharded is None:
+            return contextlib.nullcontext()
+        return self.sharded.whole([module], with_values=True)
+
+    @contextlib.contextmanager
+    def whole_layer(self, layer: Any) -> Iterator[None]:
+        """Around the preconditioning of a layer of a sharded model: its whole gradients, and how
+        long they become.
+        """
+        config = self.training
+
+        def grads() -> list[Tensor]:
+            return self._grads_of([layer])
+
+        with self.sharded.whole(layer.modules):
+            if config is not None and config.graft:
+                with grafted(grads):
+                    yield
+            elif config is not None and config.kl_clip is not None:
+                with noting_change(grads, self._products):
+                    yield
+            else:
+                yield
 
     def divide_by_second_moments(self, layer: Any, scale: float, given: bool) -> None:
         """Precondition the gradients of a layer with Kronecker factors, in place.
@@ -214,13 +252,19 @@ class TrainingOptions(NaturalGradientMaker):
 
     def _layer_grads(self) -> list[Tensor]:
         """The gradients of all layers that are preconditioned."""
-        parameters = [
-            p
-            for layer in self.plan.layers
-            for module in dict.fromkeys([layer.module, *(m for _, m in layer.tied)])
-            for p in parameters_of(module)
-        ]
-        return [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
+        return self._grads_of(self.plan.layers)
+
+    def _grads_of(self, layers: Sequence[Any]) -> list[Tensor]:
+        modules = dict.fromkeys(module for layer in layers for module in layer.modules)
+        parameters = dict.fromkeys(p for module in modules for p in parameters_of(module))
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _layer_modules(self) -> list[nn.Module]:
+        return [module for layer in self.plan.layers for module in layer.modules]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's, the divided ones of a sharded model."""
+        return list(self.model.parameters()) if self.sharded is None else self.sharded.parameters()
 
 
 def _with_dampings(

@@ -51,7 +51,7 @@ FLOORS = [
         "training",
         "transaction",
     },
-    {"layout", "micro_batches", "observe_loss", "operations", "positions"},
+    {"layout", "micro_batches", "observe_loss", "operations", "positions", "sharded"},
     {
         "arrangement",
         "attach",
