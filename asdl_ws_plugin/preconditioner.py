@@ -102,6 +102,8 @@ class Preconditioner:
         self.num_skipped = 0
         self._select = logits or first_logits
         self._statistics = StepStatistics(self.maker, statistics)
+        if self.maker.sharded is not None:  # norms are computed together
+            self.maker.ranks.agree(f"Preconditioner(statistics={statistics})")
         has_ranks = self.maker.ranks.size > 1
         self._passes = ForwardPasses(model, self.maker.plan, self._on_backward, has_ranks)
         self._overflowed = False
@@ -294,7 +296,8 @@ def _check_finite(maker: Any) -> None:
     its own only, and all have to skip the same steps.
     """
     sharded = maker.sharded is not None
-    parts = [grad.to_local() if sharded else grad for grad in gradients_of(maker)]
+    grads: list[Any] = list(gradients_of(maker))
+    parts = [grad.to_local() if sharded else grad for grad in grads]
     norms = torch.stack([part.abs().max().float() for part in parts if part.numel()])
     maker.ranks.begin()
     if not bool(torch.isfinite(norms).all()):

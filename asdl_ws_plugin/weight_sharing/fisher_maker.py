@@ -285,9 +285,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         self.ranks.agree(f"{self.place}, batch")
         return self.sharded.gathered()
 
-    def _backward(
-        self, captured: Captured, reading: Reading
-    ) -> tuple[float, Callable[[], None]]:
+    def _backward(self, captured: Captured, reading: Reading) -> tuple[float, Callable[[], None]]:
         """The backward pass of the loss, and the weight that it gives to the loss."""
         loss, sharded, ranks = captured.loss, self.sharded, self.ranks
         assert loss is not None

@@ -31,8 +31,8 @@ from .matrices import dtype_of, is_of, precondition_bias
 from .registry import supported_classes
 from .resuming import Resuming
 from .rules import matches_any
-from .sharded import sharded_model
 from .shapes import KRONECKER
+from .sharded import sharded_model
 from .steps import TransactionalSteps
 from .training_config import check_training_config
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .agreement import signature
 from .blocks import LinearBlock, lent_to
+from .errors import LayerError
 from .ranks import Ranks
 from .shares import Share
 from .torch_private import own_parameters, reshards_after_backward
@@ -44,7 +45,8 @@ def sharded_model(model: nn.Module) -> ShardedModel | None:
 
     Raises a ValueError for one that is sharded in a way that is not supported.
     """
-    units = [module for module in model.modules() if hasattr(module, "set_reshard_after_backward")]
+    modules: list[Any] = list(model.modules())
+    units = [module for module in modules if hasattr(module, "set_reshard_after_backward")]
     for unit in units:
         unit.reshard()
     if not units and not any(map(is_divided, model.parameters())):
@@ -66,15 +68,17 @@ class ShardedModel:
     def __init__(self, model: nn.Module, units: Sequence[Any]) -> None:
         self.model, self._units = model, list(units)
         self._known: dict[str, nn.Parameter] = {}
+        self._gathered: Sequence[tuple[Any, bool]] = ()
         for name, p in model.named_parameters():
             if is_divided(p):
                 _check_division(name, p, bool(units))
         for name, module in model.named_modules():
             if any(p.requires_grad for p in lent_to(module)):
-                raise ValueError(
-                    f"Layer '{name}' has a bias that the module around it holds, as convert(model) "
-                    "makes it of a GCNConv; fully_shard does not see that it is the same one. "
-                    + _WHOLE_COPIES
+                raise LayerError(
+                    name,
+                    "its bias is held by the module around it, as convert(model) makes it of a "
+                    "GCNConv; fully_shard does not see that it is the same one",
+                    _WHOLE_COPIES,
                 )
         self.parameters()
 
@@ -98,9 +102,9 @@ class ShardedModel:
                 self._known[name] = p
             elif p.requires_grad and name not in self._known:
                 raise ValueError(
-                    f"Parameter '{name}' is trained and not sharded, but others are, so that nobody "
-                    "averages its gradient. Call fully_shard(model) after fully_shard of its parts, "
-                    "without ignored_params."
+                    f"Parameter '{name}' is trained and not sharded, but others are, so nobody "
+                    "averages its gradient. Call fully_shard(model) after fully_shard of its "
+                    "parts, without ignored_params."
                 )
         return list(self._known.values())
 
@@ -115,8 +119,7 @@ class ShardedModel:
 
         All ranks have to enter it. :meth:`send_back` ends it earlier.
         """
-        before = [(unit, reshards_after_backward(unit)) for unit in self._units]
-        self._gathered = before
+        self._gathered = [(unit, reshards_after_backward(unit)) for unit in self._units]
         try:
             for unit in self._units:
                 unit.unshard()
@@ -125,8 +128,6 @@ class ShardedModel:
         finally:
             self._release()
             self.reshard()
-
-    _gathered: Sequence[tuple[Any, bool]] = ()
 
     def _release(self) -> None:
         for unit, reshards in self._gathered:
@@ -217,9 +218,8 @@ class ShardedModel:
 
     def norm(self, grads: Sequence[Any]) -> float:
         """Of all gradients together; all ranks have to ask for it."""
-        parts = [grad.to_local() for grad in grads]
-        total = sum((part.double().square().sum() for part in parts), start=torch.zeros(()).double())
-        total = total.to(parts[0].device)
+        parts = [grad.to_local().double() for grad in grads]
+        total = torch.stack([part.square().sum() for part in parts]).sum()
         dist.all_reduce(total, group=grads[0].device_mesh.get_group())
         return float(total.sqrt())
 
