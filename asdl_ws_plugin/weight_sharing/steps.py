@@ -88,7 +88,6 @@ class TransactionalSteps(TrainingOptions):
                     maker.micro_batches = maker.micro_batches.with_share(maker.share)
                 if self.do_update_curvature(step):
                     self.update_curvature()
-                joint = joint or self.sharded is not None  # fully_shard joins them itself
                 if self.ranks.size > 1 and (joint or maker.micro_batches.is_joint):
                     self._join_gradients(snapshot)
         except BaseException:
