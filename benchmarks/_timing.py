@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "CLOCKS",
     "Parts",
     "alternate",
     "in_fresh_process",
@@ -27,6 +28,8 @@ __all__ = [
     "seconds",
     "weighted",
 ]
+
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def _synchronize() -> None:

@@ -47,7 +47,8 @@ class Workload(Protocol):
         outer: beginnings of the names of parameters that Muon leaves to NAdamW: embeddings and
             output layers.
         length: of a run.
-        size: all numbers that its budget sets.
+        sizes: all numbers that a budget sets, by budget.
+        size: those of this one.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Workload(Protocol):
     lr: float
     outer: tuple[str, ...]
     length: Length
+    sizes: ClassVar[dict[str, tuple[int, ...]]]
     size: tuple[int, ...]
 
     def model(self) -> nn.Module:
@@ -89,7 +91,7 @@ class Handwriting:
         False,
     )
     setting, loss_type, lr, outer = "reduce", "cross_entropy", 4e-3, ("patch_embed", "head")
-    _sizes: ClassVar = {  # steps, evaluate every, batch size, depth, width, patch
+    sizes: ClassVar = {  # steps, evaluate every, batch size, depth, width, patch
         "tiny": (6, 3, 8, 1, 16, 7),
         "small": (200, 10, 64, 2, 64, 7),
         "demo": (400, 20, 128, 4, 96, 4),
@@ -97,7 +99,7 @@ class Handwriting:
     }
 
     def __init__(self, budget: str) -> None:
-        self.size = self._sizes[budget]
+        self.size = self.sizes[budget]
         steps, every, self.batch_size, self.depth, self.width, self.patch = self.size
         self.length = Length(steps, every)
         x, y = handwriting()
@@ -171,14 +173,14 @@ class Molecules:
         5e-3,
         ("embed_", "head.2"),
     )
-    _sizes: ClassVar = {  # steps, evaluate every, batch size, width
+    sizes: ClassVar = {  # steps, evaluate every, batch size, width
         "tiny": (6, 3, 16, 8),
         "small": (250, 20, 64, 64),
         "full": (750, 15, 128, 128),
     }
 
     def __init__(self, budget: str) -> None:
-        self.size = self._sizes[budget]
+        self.size = self.sizes[budget]
         import molecules
 
         self._example = molecules
@@ -221,14 +223,14 @@ class Translation:
         4e-3,
         ("source_embedding", "target_embedding", "output"),
     )
-    _sizes: ClassVar = {  # steps, evaluate every, pairs, held out, vocabulary, width, batch size
+    sizes: ClassVar = {  # steps, evaluate every, pairs, held out, vocabulary, width, batch size
         "tiny": (6, 3, 800, 50, 300, 16, 8),
         "small": (400, 20, 13_000, 500, 1000, 128, 64),
         "full": (800, 20, 13_000, 500, 1000, 128, 64),
     }
 
     def __init__(self, budget: str) -> None:
-        self.size = self._sizes[budget]
+        self.size = self.sizes[budget]
         import translation
 
         self._example = translation
@@ -268,14 +270,14 @@ class SourceCode:
         True,
     )
     setting, loss_type, lr, outer = "expand", "cross_entropy", 3e-3, ("embed", "head")
-    _sizes: ClassVar = {  # steps, evaluate every, characters, batch size, positions, depth, width
+    sizes: ClassVar = {  # steps, evaluate every, characters, batch size, positions, depth, width
         "tiny": (6, 3, 20_000, 4, 16, 1, 16),
         "small": (400, 20, 1_000_000, 8, 128, 4, 128),
         "full": (1000, 25, 4_000_000, 8, 256, 4, 128),
     }
 
     def __init__(self, budget: str) -> None:
-        self.size = self._sizes[budget]
+        self.size = self.sizes[budget]
         steps, every, characters, self.batch_size, self.positions, self.depth, self.width = (
             self.size
         )

@@ -14,19 +14,15 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
-import asdl
 import torch
-import torch.nn.functional as F
-from _timing import alternate, weighted
+from _timing import CLOCKS, alternate, weighted
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from step_time import DAMPING, EMA_DECAY, Contender, Size, Workload
-from torch import nn
+from step_time import Contender, Size, Workload
 
 import asdl_ws_plugin
 
@@ -36,36 +32,15 @@ KINDS = {
     "reduce, empirical": ("reduce", "fisher_emp"),
     "expand, Monte Carlo": ("expand", "fisher_mc"),
 }
-
-
-def by_preconditioner(workload: Workload, contender: Contender) -> Callable[[str], None]:
-    """A function that makes a step of a kind through the front door."""
-    config = asdl.PreconditioningConfig(
-        damping=DAMPING,
-        ema_decay=EMA_DECAY,
-        ignore_modules=[nn.LayerNorm],
-        curvature_upd_interval=contender.curvature_interval,
-        preconditioner_upd_interval=contender.inverse_interval,
-    )
-    prec = asdl_ws_plugin.Preconditioner(
-        workload.model,
-        config,
-        fisher_type=contender.fisher_type,
-        shared_dim=contender.setting,
-    )
-
-    def step(kind: str) -> None:
-        prec.load_state_dict({"step": contender.step_of(kind)})
-        loss = F.cross_entropy(workload.model(workload.x), workload.y)
-        if contender.fisher_type == "fisher_emp":
-            loss.backward()
-            prec.step()
-        else:
-            prec.backward(loss)
-        workload.optimizer.step()
-        workload.optimizer.zero_grad()
-
-    return step
+SCHEDULES = {
+    (name, intervals): Contender(setting, fisher_type, *intervals, target=0.0)
+    for name, (setting, fisher_type) in KINDS.items()
+    for intervals in INTERVALS
+}
+DOORS: dict[str, Callable[[Workload, Contender], Callable[[str], None]]] = {
+    "maker": lambda workload, contender: workload.by_plugin(contender)[1],
+    "front door": Workload.by_preconditioner,
+}
 
 
 def main() -> None:
@@ -77,9 +52,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--clock",
-        choices=("processor", "wall"),
+        choices=list(CLOCKS),
         default="processor",
-        help="processor time leaves out what other programs took; right with one thread only",
+        help="'processor', with one thread, for a machine that others use",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -87,21 +62,16 @@ def main() -> None:
     if options.quick:
         size = Size(depth=2, width=48, batch=16, classes=10, threads=options.threads)
     rounds = options.rounds or (2 if options.quick else 5)
-    clock = time.process_time if options.clock == "processor" else time.perf_counter
 
-    contenders: dict[str, dict[str, Callable[[], Any]]] = {
+    contenders: dict[Any, dict[str, Callable[[], Any]]] = {
         "plain": {"neither": Workload(size).plain}
     }
-    schedules: dict[str, Contender] = {}
-    for name, (setting, fisher_type) in KINDS.items():
-        for curvature, inverse in INTERVALS:
-            contender = Contender(setting, fisher_type, curvature, inverse, target=0.0)
-            maker_step = Workload(size).by_plugin(contender)[1]
-            door_step = by_preconditioner(Workload(size), contender)
-            for door, step in (("maker", maker_step), ("preconditioner", door_step)):
-                key = f"{name} {curvature}/{inverse} {door}"
-                schedules[key] = contender
-                contenders[key] = {kind: functools.partial(step, kind) for kind in contender.kinds}
+    for schedule, contender in SCHEDULES.items():
+        for door, step_of in DOORS.items():
+            step = step_of(Workload(size), contender)
+            contenders[schedule, door] = {
+                kind: functools.partial(step, kind) for kind in contender.kinds
+            }
 
     console = Console()
     console.print(
@@ -113,21 +83,23 @@ def main() -> None:
         alternate(contenders, 1)  # warm up
         total = rounds * sum(len(kinds) for kinds in contenders.values())
         task = progress.add_task("timing", total=total)
-        times = alternate(contenders, rounds, lambda _: progress.advance(task), clock)
+        times = alternate(
+            contenders, rounds, lambda _: progress.advance(task), CLOCKS[options.clock]
+        )
 
     plain = statistics.median(times["plain"]["neither"])
     table = Table(
-        title=f"A step, in plain steps of NAdam ({plain * 1e3:.0f} ms): maker / front door"
+        title=f"A step, in plain steps of NAdam ({plain * 1e3:.0f} ms): {' / '.join(DOORS)}"
     )
     table.add_column("")
     for curvature, inverse in INTERVALS:
         table.add_column(f"{curvature}/{inverse}", justify="right")
     for name in KINDS:
         cells = []
-        for curvature, inverse in INTERVALS:
-            keys = [f"{name} {curvature}/{inverse} {d}" for d in ("maker", "preconditioner")]
-            ratios = [weighted(times[key], schedules[key].kinds) / plain for key in keys]
-            cells.append(" / ".join(f"{ratio:.2f}" for ratio in ratios))
+        for intervals in INTERVALS:
+            schedule = name, intervals
+            seconds = [weighted(times[schedule, d], SCHEDULES[schedule].kinds) for d in DOORS]
+            cells.append(" / ".join(f"{value / plain:.2f}" for value in seconds))
         table.add_row(name, *cells)
     console.print(table)
 

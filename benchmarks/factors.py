@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from _timing import alternate, in_fresh_process, resident
+from _timing import CLOCKS, alternate, in_fresh_process, resident
 from asdl import operations as upstream
 from curvlinops import KFACLinearOperator
 from rich.console import Console
@@ -45,7 +44,6 @@ Factors = tuple[Tensor, Tensor]
 Make = Callable[[nn.Linear, Tensor, Tensor, str], Callable[[], Factors]]
 STRATEGIES = ("expand", "reduce")
 FLOORS = ("read", "product")
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def by_plugin(layer: nn.Linear, a: Tensor, b: Tensor, strategy: str) -> Callable[[], Factors]:

@@ -101,6 +101,18 @@ class Size:
     device: str = "cpu"
 
 
+def configuration(contender: Contender, **options: Any) -> asdl.PreconditioningConfig:
+    """ASDL's own configuration, with the contender's intervals."""
+    return asdl.PreconditioningConfig(
+        damping=DAMPING,
+        ema_decay=EMA_DECAY,
+        ignore_modules=[nn.LayerNorm],
+        curvature_upd_interval=contender.curvature_interval,
+        preconditioner_upd_interval=contender.inverse_interval,
+        **options,
+    )
+
+
 class Workload:
     """A model, its optimizer and a batch, and the step functions of one contender."""
 
@@ -142,14 +154,7 @@ class Workload:
         """The gradient maker, and a function that makes a step of a kind. ``stock``: as if there
         were no plugin.
         """
-        config = asdl.PreconditioningConfig(
-            damping=DAMPING,
-            ema_decay=EMA_DECAY,
-            ignore_modules=[nn.LayerNorm],
-            curvature_upd_interval=contender.curvature_interval,
-            preconditioner_upd_interval=contender.inverse_interval,
-            **({"data_size": len(self.x)} if stock else {}),
-        )
+        config = configuration(contender, **({"data_size": len(self.x)} if stock else {}))
         maker = asdl.KfacGradientMaker(
             self.model,
             config,
@@ -166,6 +171,27 @@ class Workload:
                 self._update()
 
         return maker, step
+
+    def by_preconditioner(self, contender: Contender) -> Callable[[str], None]:
+        """A function that makes a step of a kind in a loop that calls the model itself."""
+        prec = asdl_ws_plugin.Preconditioner(
+            self.model,
+            configuration(contender),
+            fisher_type=contender.fisher_type,
+            shared_dim=contender.setting,
+        )
+
+        def step(kind: str) -> None:
+            prec.load_state_dict({"step": contender.step_of(kind)})
+            loss = F.cross_entropy(self.model(self.x), self.y)
+            if contender.fisher_type == "fisher_emp":
+                loss.backward()
+                prec.step()
+            else:
+                prec.backward(loss)
+            self._update()
+
+        return step
 
     def by_hand(self, contender: Contender) -> tuple[BareKfac, Callable[[str], None]]:
         """The hand-written loop, and a function that makes a step of a kind."""

@@ -62,7 +62,12 @@ NOTES = (
     "the slices. *: at the lowest or highest learning rate tried. †: not run side by side with "
     "NAdamW."
 )
-BUDGETS = {"tiny": Budget(2, 1), "small": Budget(3, 1), "full": Budget(20, 3)}
+BUDGETS = {
+    "tiny": Budget(2, 1),
+    "small": Budget(3, 1),
+    "demo": Budget(3, 2),
+    "full": Budget(20, 3),
+}
 
 
 def best_of(records: Sequence[Record], lower_is_better: bool) -> Record:
@@ -273,7 +278,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, help="trials of the search for each contender")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/time_to_target"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    sizes = WORKLOADS[options.workload].sizes
+    if options.budget not in sizes:
+        parser.error(f"{options.workload} has no size {options.budget}; it has {', '.join(sizes)}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> list[Record]:

@@ -289,9 +289,8 @@ def _operation_of(layer: Layer, plan: Plan, model: nn.Module, fvp: bool) -> Oper
     if plan.max_side is not None and operation.splits:
         # The input features of a convolution are its kernels, channel by channel.
         kernel = _kernel_of(layer.module)
-        side_of_B: Any = output_side(plan.max_side, kernel)
         operation.cov_kron_A = capped(operation.cov_kron_A, plan.max_side, kernel)
-        operation.cov_kron_B = capped(operation.cov_kron_B, side_of_B)
+        operation.cov_kron_B = capped(operation.cov_kron_B, output_side(plan.max_side, kernel))
     return operation
 
 

@@ -59,7 +59,7 @@ def output_side(max_side: int | None, kernel: int) -> int | None:
 
 
 def capped(
-    factor: Callable[[Any, Tensor], Tensor], max_side: int, kernel: int = 1
+    factor: Callable[[Any, Tensor], Tensor], max_side: int | None, kernel: int = 1
 ) -> Callable[[Any, Tensor], Tensor]:
     """``factor(module, data)``, a sum of products of rows of ``data (..., P)``, as a ``(P, P)``
     matrix, or as blocks where P is larger than ``max_side`` (:func:`block_sizes`).
@@ -78,10 +78,10 @@ def capped(
     return blocks
 
 
-def _padded(data: Tensor, side: int) -> Tensor:
-    """With zeros behind the last dimension up to a side."""
-    missing = side - data.shape[-1]
-    return F.pad(data, (0, missing)) if missing else data
+def _padded(data: Tensor, side: int, dim: int = -1) -> Tensor:
+    """With zeros behind a dimension, counted from the last, up to a side."""
+    missing = side - data.shape[dim]
+    return F.pad(data, (0, 0) * (-1 - dim) + (0, missing)) if missing else data
 
 
 def _diagonal(factor: Callable[[Any, Tensor], Tensor], module: Any, data: Tensor) -> Tensor:
@@ -109,9 +109,8 @@ def multiply(matrix: Tensor, vectors: Tensor) -> Tensor:
     side, columns = vectors.shape
     if size == 1:
         return matrix.view(-1, 1) * vectors
-    missing = count * size - side
-    padded = F.pad(vectors, (0, 0, 0, missing)) if missing else vectors
-    return (matrix @ padded.reshape(count, size, columns)).view(-1, columns)[:side]
+    parts = _padded(vectors, count * size, dim=-2).reshape(count, size, columns)
+    return (matrix @ parts).view(-1, columns)[:side]
 
 
 def multiply_right(vectors: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,20 @@ import torch
 from asdl.symmatrix import SymMatrix
 from torch import Tensor
 
-__all__ = ["split_damping", "update_inverses"]
+__all__ = ["Updated", "split_damping", "update_inverses"]
+
+
+@dataclass(frozen=True)
+class Updated:
+    """Names of matrices whose inverses were not simply replaced.
+
+    Attributes:
+        kept: the old inverse, or none, stays.
+        zero: a Kronecker factor is exactly zero, and has no inverse.
+    """
+
+    kept: list[str]
+    zero: list[str]
 
 
 @dataclass
@@ -28,6 +41,8 @@ class _Job:
     name: str
     data: Tensor
     damping: Tensor
+    # Whether it stands for zeros, a scalar.
+    is_noise: Tensor
     # Where the inverse belongs: objects and their attributes.
     places: list[tuple[Any, str]]
 
@@ -48,27 +63,33 @@ def split_damping(damping: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_inverses(matrices: Iterable[tuple[str, SymMatrix, Tensor]]) -> list[str]:
+def update_inverses(
+    matrices: Iterable[tuple[str, SymMatrix, Tensor]], noise: Mapping[str, Tensor] | None = None
+) -> Updated:
     """Replace the inverses of matrices by those of their data, which are not changed.
 
     ``damping`` times the mean eigenvalue is added to the diagonals, for Kronecker factors as
-    :func:`split_damping` has it. A matrix
-    that is exactly zero gets no inverse. One that is not positive definite in its own precision is
-    inverted in float64; where that fails, too, the old inverse stays.
+    :func:`split_damping` has it. A matrix that is zero gets no inverse. One that is not positive
+    definite in its own precision is inverted in float64; where that fails, too, the old inverse
+    stays.
 
     Args:
         matrices: names, matrices, and their dampings: the fraction, a scalar.
-
-    Returns:
-        The names of those whose old inverse, or none, stays.
+        noise: of names, whether B is rounding noise and stands for zero: a scalar.
     """
     by_device: dict[torch.device, list[tuple[str, SymMatrix, Tensor]]] = defaultdict(list)
     for entry in matrices:
         by_device[entry[2].device].append(entry)
-    return [name for entries in by_device.values() for name in _update(_jobs(entries))]
+    noise = noise or {}
+    updated = [_update(_jobs(entries, noise)) for entries in by_device.values()]
+    return Updated(
+        kept=[name for kept, _ in updated for name in kept],
+        # A layer has two factors.
+        zero=list(dict.fromkeys(name for _, zero in updated for name in zero)),
+    )
 
 
-def _jobs(matrices: list[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
+def _jobs(matrices: list[tuple[str, SymMatrix, Tensor]], noise: Mapping[str, Tensor]) -> list[_Job]:
     """What there is to invert on one device. Layers that share a tensor and its damping have one
     inverse.
     """
@@ -76,6 +97,7 @@ def _jobs(matrices: list[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
     distinct = {id(damping): damping for _, _, damping in matrices}
     splits = dict(zip(distinct, split_damping(torch.stack([*distinct.values()])), strict=True))
     jobs: dict[tuple[int, int], _Job] = {}
+    never = torch.zeros((), dtype=torch.bool, device=matrices[0][2].device)
     for name, matrix, damping in matrices:
         parts: list[tuple[Any, str, str, Tensor]] = [(matrix, "data", "inv", damping)]
         if matrix.kron is not None:
@@ -87,7 +109,8 @@ def _jobs(matrices: list[tuple[str, SymMatrix, Tensor]]) -> list[_Job]:
             data = getattr(holder, attribute)
             if data is not None:
                 key = id(data), id(part_damping)
-                job = jobs.setdefault(key, _Job(name, data, part_damping, []))
+                is_noise = noise.get(name, never) if attribute == "B" else never
+                job = jobs.setdefault(key, _Job(name, data, part_damping, is_noise, []))
                 job.places.append((holder, inverse))
         if matrix.diag is not None:
             _invert_diagonal(matrix.diag, damping)
@@ -103,34 +126,36 @@ def _invert_diagonal(diag: Any, damping: Tensor) -> None:
             setattr(diag, f"{kind}_inv", inverse)
 
 
-def _update(jobs: list[_Job]) -> list[str]:
-    """The inverses of matrices on one device."""
+def _update(jobs: list[_Job]) -> tuple[list[str], list[str]]:
+    """The inverses of matrices on one device; names as those of :class:`Updated`."""
     stacks: dict[Any, list[_Job]] = defaultdict(list)
     for job in jobs:
         stacks[job.data.shape, job.data.dtype].append(job)
     if not stacks:
-        return []
+        return [], []
     inverses, flags = zip(*map(_inverted, stacks.values()), strict=True)
     found = torch.cat(flags, dim=1).tolist()
     order = [job for stack in stacks.values() for job in stack]
-    failed = []
-    for job, inverse, is_wrong, is_zero in zip(
+    failed, zero = [], []
+    for job, inverse, is_wrong, is_zero, is_noise in zip(
         order, itertools.chain(*inverses), *found, strict=True
     ):
-        if is_zero:
+        if is_zero or is_noise:
             job.set(None)
+            if is_zero and any(attribute in ("A_inv", "B_inv") for _, attribute in job.places):
+                zero.append(job.name)
         elif not is_wrong:
             job.set(inverse)
         elif (retried := _in_float64(job)) is not None:
             job.set(retried)
         else:
             failed.append(job.name)
-    return failed
+    return failed, zero
 
 
 def _inverted(jobs: list[_Job]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The inverses of tensors of equal size, and flags ``(2, jobs)``: whether one is wrong, and
-    whether it is of zeros.
+    """The inverses of tensors of equal size, and flags ``(3, jobs)``: whether one is wrong, of
+    zeros, and of noise.
     """
     stack = torch.stack([job.data for job in jobs])  # (jobs, n, n) or (jobs, k, n, n)
     diagonals = stack.diagonal(dim1=-2, dim2=-1)
@@ -143,7 +168,8 @@ def _inverted(jobs: list[_Job]) -> tuple[tuple[Tensor, ...], Tensor]:
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     factor = torch.where(is_wrong[..., None, None], eye, factor)
     # A zero matrix has a Cholesky decomposition of zeros or none.
-    flags = torch.stack([is_wrong.view(len(jobs), -1).any(1), means == 0])
+    is_noise = torch.stack([job.is_noise for job in jobs])
+    flags = torch.stack([is_wrong.view(len(jobs), -1).any(1), means == 0, is_noise])
     return torch.cholesky_inverse(factor).unbind(), flags
 
 

@@ -57,7 +57,8 @@ class Inversion(TrainingOptions):
             _drop_inverses(matrices)
         with self._restoring_factors(matrices), self._inverting_own():
             super().update_preconditioner(*args, **kwargs)
-        self._report_zero(matrices)
+        if not self._zero_reported:  # looking for them reads values back from the device
+            self._report_zero(_zero(matrices))
 
     def _named_matrices(self) -> list[tuple[str, SymMatrix]]:
         """The curvature of every layer and of the model, as far as there is any."""
@@ -100,16 +101,8 @@ class Inversion(TrainingOptions):
             and any(inverse is None and data.any() for data, inverse in pairs(matrix))
         ]
 
-    def _report_zero(self, matrices: list[tuple[str, SymMatrix]]) -> None:
-        if self._zero_reported:
-            return
-        zero = [
-            name
-            for name, matrix in matrices
-            if matrix.kron is not None
-            and any(inverse is None and not bool(data.any()) for data, inverse in pairs(matrix))
-        ]
-        if zero:
+    def _report_zero(self, zero: list[str]) -> None:
+        if zero and not self._zero_reported:
             self._zero_reported = True
             warn(
                 f"The curvature of {len(zero)} layers (the first is '{zero[0]}') is exactly zero: "
@@ -164,6 +157,16 @@ class Inversion(TrainingOptions):
             self.partitions = everything
         what = f"{self.fisher_maker.place}, inverses"
         share_inverses(self.ranks, what, [matrix for _, matrix in pairs], owner)
+
+
+def _zero(matrices: list[tuple[str, SymMatrix]]) -> list[str]:
+    """Names of layers with a Kronecker factor that is exactly zero."""
+    return [
+        name
+        for name, matrix in matrices
+        if matrix.kron is not None
+        and any(inverse is None and not bool(data.any()) for data, inverse in pairs(matrix))
+    ]
 
 
 def _drop_inverses(matrices: list[tuple[str, SymMatrix]]) -> None:

@@ -22,6 +22,7 @@ from ._warn import warn
 from .blocks import parameters_of
 from .inverses import update_inverses
 from .matrices import tensors
+from .rounding import rounding_noise
 from .schedule import is_due
 from .second_moments import SecondMoments, eigenvectors
 from .step_length import clipped, clipping_factor, grafted, noting_change
@@ -132,8 +133,10 @@ class TrainingOptions(NaturalGradientMaker):
             kwargs["scale"] = self.scale
         return super().delegate_forward_and_backward(other, *args, **kwargs)
 
-    def update_relative_inverses(self) -> list[tuple[str, SymMatrix]]:
-        """The inverses of all layers that are this rank's; returns their curvature."""
+    def update_relative_inverses(self) -> list[str]:
+        """The inverses of all layers that are this rank's; returns the names of those whose
+        curvature is exactly zero.
+        """
         config = self.config
         owned = [
             layer
@@ -152,7 +155,9 @@ class TrainingOptions(NaturalGradientMaker):
         if config.second_moment is not None:
             self._update_bases()
             found = [entry for entry in found if entry[2].kron is None]
-        kept = update_inverses(_with_dampings(config, self.step_trust, self.model, found))
+        with_dampings = _with_dampings(config, self.step_trust, self.model, found)
+        updated = update_inverses(with_dampings, rounding_noise(found))
+        kept = updated.kept
         if kept and not self._failure_reported:
             self._failure_reported = True
             warn(
@@ -160,7 +165,7 @@ class TrainingOptions(NaturalGradientMaker):
                 f"float64 either ({len(kept)} matrices). The last inverse that there was stays; "
                 "more damping avoids this."
             )
-        return [(name, matrix) for name, _, matrix in found]
+        return updated.zero
 
     def _update_bases(self) -> None:
         found: dict[int, Tensor] = {}  # blocks of one layer have one A

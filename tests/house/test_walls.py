@@ -37,7 +37,7 @@ FLOORS = [
         "trust",
         "wrappers",
     },
-    {"factors", "lineage", "matrices", "registry", "second_moments", "step_length"},
+    {"factors", "lineage", "matrices", "registry", "rounding", "second_moments", "step_length"},
     {"capture"},
     {
         "likelihoods",

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from asdl.fisher import FisherConfig, get_fisher_maker
-from oracles.autograd import assert_equal
+from asdl.fisher import FisherConfig
+from oracles.autograd import assert_equal, run_fisher
 from torch import Tensor, nn
 
 import asdl_ws_plugin  # noqa: F401
@@ -53,9 +53,7 @@ def contrastive_beside_labels(z: Tensor, t: Tensor) -> Tensor:
 def factor(loss: Loss, fisher_type: str) -> tuple[nn.Module, Tensor, Tensor]:
     model, x, y = nn.Sequential(nn.Linear(D, C)), torch.randn(N, D), torch.randint(0, C, (N,))
     config: Any = FisherConfig(fisher_type, ["kron"], shared_dim="expand")
-    maker = get_fisher_maker(model, config)
-    maker.setup_loss_call(loss, maker.setup_model_call(model, x), y)
-    maker.forward_and_backward()
+    run_fisher(model, config, (loss, y), x)
     return model, model(x).detach(), y
 
 

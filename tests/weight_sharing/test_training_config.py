@@ -182,7 +182,7 @@ def test_equal_sizes_are_inverted_like_single_ones_and_the_data_stay():
     matrices = [matrix(spd(4), spd(6)), matrix(spd(6), spd(4)), matrix(spd(4), spd(4))]
     before = copy.deepcopy(matrices)
     damping = torch.tensor(0.09)
-    assert update_inverses([(str(i), m, damping) for i, m in enumerate(matrices)]) == []
+    assert update_inverses([(str(i), m, damping) for i, m in enumerate(matrices)]).kept == []
     for m, old in zip(matrices, before, strict=True):
         for name in ("A", "B"):
             data = getattr(m.kron, name)
@@ -194,8 +194,42 @@ def test_equal_sizes_are_inverted_like_single_ones_and_the_data_stay():
 
 def test_a_factor_of_zeros_has_no_inverse():
     m = matrix(torch.eye(3), torch.zeros(2, 2))
-    assert update_inverses([("layer", m, torch.tensor(1e-2))]) == []
+    updated = update_inverses([("layer", m, torch.tensor(1e-2))])
+    assert (updated.kept, updated.zero) == ([], ["layer"])
     assert m.kron.A_inv is not None and m.kron.B_inv is None
+
+
+class Attention(nn.Module):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.x, self.y = torch.randn(8, length, 6), torch.randint(3, (8,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.embed(x)
+        return self.head((z + self.attention(z, z, z, need_weights=False)[0]).mean(1))
+
+
+@pytest.mark.parametrize("graft", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_attention_keys_whose_reduced_gradients_cancel_keep_their_raw_gradient(
+    dtype: torch.dtype, graft: bool
+):
+    model = asdl_ws_plugin.convert(Attention(64).to(dtype))
+    x, y = model.x.to(dtype), model.y
+    F.cross_entropy(model(x), y).backward()
+    raw_query, raw_key, _ = model.attention.in_proj_weight.grad.double().chunk(3)
+    config = asdl_ws_plugin.recommended(trust=None, damping=1e-2, graft=graft)
+    maker = maker_of(model, config, shared_dim="reduce")
+    model.zero_grad()
+    maker.setup_loss_call(F.cross_entropy, maker.setup_model_call(model, x), y)
+    maker.forward_and_backward()
+    query, key, _ = model.attention.in_proj_weight.grad.double().chunk(3)
+    assert float(raw_key.norm()) > 0
+    torch.testing.assert_close(key, raw_key, rtol=1e-5, atol=0)
+    direction = F.cosine_similarity(query.flatten(), raw_query.flatten(), dim=0)
+    assert float(direction) < 0.99  # these are preconditioned
 
 
 def test_what_float32_cannot_invert_is_inverted_in_float64():
@@ -206,7 +240,7 @@ def test_what_float32_cannot_invert_is_inverted_in_float64():
     damping = torch.tensor(1e-14, dtype=torch.float32)
     shifted = data + 1e-7 * data.diagonal().mean() * torch.eye(40, dtype=torch.float32)
     assert int(torch.linalg.cholesky_ex(shifted)[1]) != 0
-    kept = update_inverses([("layer", m, damping)])
+    kept = update_inverses([("layer", m, damping)]).kept
     exact = torch.linalg.cholesky_ex(shifted.double())[1]
     assert (m.kron.A_inv is not None) == (int(exact) == 0) == (kept == [])
 
