@@ -171,6 +171,8 @@ class Preconditioner:
         """The parameters whose gradients are preconditioned, and the others, as ``torch.optim``
         takes them.
         """
+        if self.maker.sharded is not None:  # a forward pass alone leaves whole ones in the model
+            self.maker.sharded.reshard()
         inside = {id(p) for p in _preconditioned(self.maker.plan)}
         groups: list[dict[str, Any]] = [
             {"params": [], "preconditioned": True},
@@ -298,9 +300,9 @@ def _check_finite(maker: Any) -> None:
     sharded = maker.sharded is not None
     grads: list[Any] = list(gradients_of(maker))
     parts = [grad.to_local() if sharded else grad for grad in grads]
-    norms = torch.stack([part.abs().max().float() for part in parts if part.numel()])
+    norms = [part.abs().max().float() for part in parts if part.numel()]
     maker.ranks.begin()
-    if not bool(torch.isfinite(norms).all()):
+    if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
         error = FloatingPointError("Gradients overflow.")
         maker.ranks.tell(error)
         raise error

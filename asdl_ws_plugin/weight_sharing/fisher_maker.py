@@ -17,10 +17,8 @@ anywhere leaves nothing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -235,7 +233,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
                 raise ValueError(f"{option} and calc_inv cannot be True at the same time.")
         check_data_size(data_size)
         check_setup(self, needs_loss=self.is_fisher_emp or calc_loss_grad)
-        self._check_sharded(fvp)
+        _check_sharded(self, fvp)
         step = Step(
             self.config.data_size if data_size == NOT_GIVEN else data_size,
             self.config.scale if scale is None else scale,
@@ -262,7 +260,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         """
         check_captured(captured, self.config.fisher_type, self.plan)
         reading = read(captured, self.plan, self.config, step.has_data_size)
-        with self._gathered():
+        with self._gathering():
             count, evidence = counted(self.plan, self.plan.layers, captured)
             self._decide(reading.num_rows, count.num_logits_of_examples)
             scales = step.scales(reading, count, captured.loss is not None, captured.loss_scale)
@@ -272,43 +270,13 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
             backward = None
             if step.calc_loss_grad:
                 assert captured.loss is not None
-                weight, backward = self._backward(captured, reading)
+                is_weighed = self.sharded is not None and self.ranks.size > 1
+                share = share_of(reading, 0, captured.loss_scale) if is_weighed else Share()
+                weight, backward = self._backward_of(captured.loss, share)
                 if self.is_fisher_emp and weight:  # what arrives at the layers has that weight, too
                     scale_B = scale_B / weight**2
             operate(batch, captured, reading, count, self._estimate(), scale_B, backward)
         self._keep(batch, reading, step, captured.loss_scale)
-
-    def _gathered(self) -> contextlib.AbstractContextManager[None]:
-        """Around what is sent back for the curvature."""
-        if self.sharded is None:
-            return contextlib.nullcontext()
-        self.ranks.agree(f"{self.place}, batch")
-        return self.sharded.gathered()
-
-    def _backward(self, captured: Captured, reading: Reading) -> tuple[float, Callable[[], None]]:
-        """The backward pass of the loss, and the weight that it gives to the loss."""
-        loss, sharded, ranks = captured.loss, self.sharded, self.ranks
-        assert loss is not None
-        if sharded is None:
-            return 1.0, loss.backward
-        what = f"{self.place}, gradients"
-        weight = 1.0
-        if ranks.size > 1:
-            weight = sharded.weight(ranks, what, share_of(reading, 0, captured.loss_scale))
-        return weight, partial(sharded.send_back, ranks, what, loss, weight)
-
-    def _check_sharded(self, fvp: bool) -> None:
-        if self.sharded is None and sharded_model(self.model) is None:
-            return
-        if fvp or not self.belongs_to_maker:
-            raise ValueError(
-                "The model is sharded by fully_shard, which gradient makers and the Preconditioner "
-                "understand. Compute Fisher matrices and their products with a whole copy of it."
-            )
-        if self.sharded is None:
-            raise ValueError(
-                "The model was sharded after the gradient maker was made. Make it afterwards."
-            )
 
     def _arranged(
         self,
@@ -359,6 +327,21 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
             config.seed,
             self.draws,
             self.ranks.rank if self.ranks.size > 1 else None,
+        )
+
+
+def _check_sharded(maker: WeightSharingFisherMaker, fvp: bool) -> None:
+    """Raise a ValueError for what is not supported of a model of ``fully_shard``."""
+    if maker.sharded is None and sharded_model(maker.model) is None:
+        return
+    if fvp or not maker.belongs_to_maker:
+        raise ValueError(
+            "The model is sharded by fully_shard, which gradient makers and the Preconditioner "
+            "understand. Compute Fisher matrices and their products with a whole copy of it."
+        )
+    if maker.sharded is None:
+        raise ValueError(
+            "The model was sharded after the gradient maker was made. Make it afterwards."
         )
 
 

@@ -115,7 +115,7 @@ class WeightSharing(TransactionalSteps, Inversion, Resuming):
                     "In a model that is sharded by fully_shard, gradients in .grad are "
                     "preconditioned alone. Multiply other vectors in a whole copy of it."
                 )
-            with self.whole_layer(self.plan.layer_of(module)):
+            with self.whole_layer(self.plan.layer_of(module), self.training):
                 self._precondition_layer(module, shape, grad_scale, use_inv)
             return
         self._precondition_layer(module, shape, grad_scale, use_inv, vectors, vec_weight, vec_bias)

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from asdl.symmatrix import SymMatrix
-from torch import Tensor, nn
+from torch import Tensor
 
 from .torch_private import foreach_norm
 from .trust import mean_eigenvalues
 
 __all__ = ["rounding_noise"]
 
-# Keys of 16 to 256 tokens, at the start and near the end of a training, had up to 25 eps² in float32
+# Keys of 16 to 256 tokens, at the start and late in a training, had up to 25 eps² in float32
 # and float64; their neighbours had from 1 up.
 _MARGIN = 1e4
 # In half precision eps² is not that small.
@@ -30,20 +30,21 @@ _MOST = 1e-4
 
 
 @torch.no_grad()
-def rounding_noise(layers: Iterable[tuple[str, nn.Module, SymMatrix]]) -> dict[str, Tensor]:
-    """Of layers with Kronecker factors and a gradient, whether B is rounding noise: names, and
-    scalars that stay on the device.
+def rounding_noise(layers: Iterable[tuple[str, Tensor, SymMatrix]]) -> dict[str, Tensor]:
+    """Of layers with Kronecker factors, whether B is rounding noise: names, and scalars that stay
+    on the device.
+
+    Args:
+        layers: the name, the gradient of the whole weight, and the curvature.
 
     The mean square of examples' gradients, the trace of the Fisher, is at least the square of the
     mean gradient. So is, about, tr(A) tr(B): where that is as small beside it as the square of the
     precision, it has no digit that is right.
     """
     groups: dict[Any, list[tuple[str, Tensor, SymMatrix]]] = defaultdict(list)
-    for name, module, matrix in layers:
-        weight: Any = getattr(module, "weight", None)
-        if matrix.kron is not None and weight is not None and weight.grad is not None:
-            like = matrix.kron.B
-            groups[like.device, like.dtype, weight.grad.dtype].append((name, weight.grad, matrix))
+    for name, grad, matrix in layers:
+        like = matrix.kron.B
+        groups[like.device, like.dtype, grad.dtype].append((name, grad, matrix))
     found: dict[str, Tensor] = {}
     for (_, dtype, precision), group in groups.items():
         names, grads, matrices = zip(*group, strict=True)

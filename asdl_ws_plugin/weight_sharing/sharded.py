@@ -25,7 +25,7 @@ from .blocks import LinearBlock, lent_to
 from .errors import LayerError
 from .ranks import Ranks
 from .shares import Share
-from .torch_private import own_parameters, reshards_after_backward
+from .torch_private import averages_gradients, own_parameters, reshards_after_backward
 
 __all__ = ["ShardedModel", "is_divided", "sharded_model"]
 
@@ -152,6 +152,12 @@ class ShardedModel:
             RankFailure: another rank has failed.
             ValueError: gradients are not averaged in this pass.
         """
+        if not all(map(averages_gradients, self._units)):
+            raise ValueError(
+                "set_gradient_divide_factor lets FSDP2 do something else than average gradients, "
+                "which are weighed for that here. Leave it as it is by default, and multiply the "
+                "loss instead."
+            )
         ranks.agree(what)
         self._release()
         handle = None if weight == 1 else loss.register_hook(lambda grad: grad * weight)

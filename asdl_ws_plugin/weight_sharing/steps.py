@@ -115,15 +115,6 @@ class TransactionalSteps(TrainingOptions):
         what = f"{self.fisher_maker.place}, gradients"
         self.ranks.average_gradients(what, parameters, share)
 
-    def backward(self) -> None:
-        """Of a step without curvature."""
-        if self.sharded is None:
-            super().backward()
-            return
-        what = f"{self.fisher_maker.place}, gradients"
-        weight = self.sharded.weight(self.ranks, what, self.fisher_maker.share)
-        self.sharded.send_back(self.ranks, what, self._loss, weight)
-
     def finish_step(self) -> None:
         """Upstream's step after its gradient and curvature: the average, the inverses, and the
         gradients in ``.grad``, preconditioned in place.

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "AnyBatchNorm",
     "active_wrapper",
+    "averages_gradients",
     "base_of",
     "canonical_mask",
     "eagerly",
@@ -218,7 +219,21 @@ def reshards_after_backward(unit: Any) -> bool:
     """What ``set_reshard_after_backward`` of a module that ``fully_shard`` was called on has set;
     it can only be set.
     """
+    return all(group.reshard_after_backward for group in _groups_of(unit))
+
+
+def averages_gradients(unit: Any) -> bool:
+    """Whether the backward pass of a module that ``fully_shard`` was called on averages gradients:
+    ``set_gradient_divide_factor`` has set nothing else; it can only be set.
+    """
+    factors = (getattr(group, "gradient_divide_factor", None) for group in _groups_of(unit))
+    return all(factor is None for factor in factors)
+
+
+def _groups_of(unit: Any) -> list[Any]:
+    """The Parameters that are gathered together."""
     state = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # newer versions; before, there was one
+    # Older versions have one at most.
+    groups = getattr(state, "_fsdp_param_groups", None)
     groups = [state._fsdp_param_group] if groups is None else groups
-    return all(group.reshard_after_backward for group in groups if group is not None)
+    return [group for group in groups if group is not None]

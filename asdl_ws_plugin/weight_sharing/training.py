@@ -9,23 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
+from asdl.precondition.natural_gradient import _module_level_shapes
 from asdl.precondition.prec_grad_maker import PreconditioningConfig
 from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
 from ._warn import warn
-from .blocks import parameters_of
 from .inverses import update_inverses
+from .layer_gradients import LayerGradients
 from .matrices import tensors
 from .rounding import rounding_noise
 from .schedule import is_due
 from .second_moments import SecondMoments, eigenvectors
-from .step_length import clipped, clipping_factor, grafted, noting_change
 from .training_config import TrainingConfig, at_step
 from .trust import StepTrust
 
@@ -35,14 +34,9 @@ __all__ = ["TrainingOptions"]
 _Found = tuple[str, nn.Module, SymMatrix]
 
 
-class TrainingOptions(NaturalGradientMaker):
+class TrainingOptions(LayerGradients):
     """The part of :class:`~.grad_maker.WeightSharing` that reads a ``TrainingConfig``."""
 
-    plan: Any
-    fisher_maker: Any
-    #: What there is to know of a model that ``fully_shard`` was called on, a
-    #: :class:`~.sharded.ShardedModel`; ``None`` for any other.
-    sharded: Any = None
     _failure_reported = False
     _own_config: PreconditioningConfig
 
@@ -156,7 +150,7 @@ class TrainingOptions(NaturalGradientMaker):
             self._update_bases()
             found = [entry for entry in found if entry[2].kron is None]
         with_dampings = _with_dampings(config, self.step_trust, self.model, found)
-        updated = update_inverses(with_dampings, rounding_noise(found))
+        updated = update_inverses(with_dampings, rounding_noise(self.weight_gradients(found)))
         kept = updated.kept
         if kept and not self._failure_reported:
             self._failure_reported = True
@@ -192,55 +186,15 @@ class TrainingOptions(NaturalGradientMaker):
         if config is None:
             yield
             return
-        self.step_trust.measure(self._reading)
-        rate: Any = config.learning_rate
-        if self.sharded is not None:
-            products: list[Tensor] = []
-            self._products = products
-            yield
-            if config.kl_clip is not None and products:
-                factor = clipping_factor(products, config.kl_clip, rate)
-                self.sharded.scale(self._layer_modules(), factor)
-        elif config.graft:
-            with grafted(self._layer_grads):
-                yield
-        elif config.kl_clip is not None:
-            with clipped(self._layer_grads, config.kl_clip, rate):
-                yield
-        else:
+        self.step_trust.measure(self.reading)
+        with self.as_long_as(config):
             yield
         # Weights are kept for a step from time to time.
         step = self.state["step"] + 1
         if config.trust is not None and (
             self.do_update_preconditioner(step) or self.do_update_curvature(step)
         ):
-            self.step_trust.note((layer.module for layer in self.plan.layers), self._reading)
-
-    def _reading(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """A module's whole weight and gradient, to be read."""
-        if self.sharded is None:
-            return contextlib.nullcontext()
-        return self.sharded.whole([module], with_values=True)
-
-    @contextlib.contextmanager
-    def whole_layer(self, layer: Any) -> Iterator[None]:
-        """Around the preconditioning of a layer of a sharded model: its whole gradients, and how
-        long they become.
-        """
-        config = self.training
-
-        def grads() -> list[Tensor]:
-            return self._grads_of([layer])
-
-        with self.sharded.whole(layer.modules):
-            if config is not None and config.graft:
-                with grafted(grads):
-                    yield
-            elif config is not None and config.kl_clip is not None:
-                with noting_change(grads, self._products):
-                    yield
-            else:
-                yield
+            self.step_trust.note((layer.module for layer in self.plan.layers), self.reading)
 
     def divide_by_second_moments(self, layer: Any, scale: float, given: bool) -> None:
         """Precondition the gradients of a layer with Kronecker factors, in place.
@@ -254,22 +208,6 @@ class TrainingOptions(NaturalGradientMaker):
                 "gradients in .grad alone."
             )
         self.second_moments.precondition(layer, self.config.second_moment, scale)
-
-    def _layer_grads(self) -> list[Tensor]:
-        """The gradients of all layers that are preconditioned."""
-        return self._grads_of(self.plan.layers)
-
-    def _grads_of(self, layers: Sequence[Any]) -> list[Tensor]:
-        modules = dict.fromkeys(module for layer in layers for module in layer.modules)
-        parameters = dict.fromkeys(p for module in modules for p in parameters_of(module))
-        return [p.grad for p in parameters if p.grad is not None]
-
-    def _layer_modules(self) -> list[nn.Module]:
-        return [module for layer in self.plan.layers for module in layer.modules]
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The model's, the divided ones of a sharded model."""
-        return list(self.model.parameters()) if self.sharded is None else self.sharded.parameters()
 
 
 def _with_dampings(

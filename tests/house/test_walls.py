@@ -38,7 +38,7 @@ FLOORS = [
         "wrappers",
     },
     {"factors", "lineage", "matrices", "registry", "rounding", "second_moments", "step_length"},
-    {"capture"},
+    {"capture", "layer_gradients"},
     {
         "likelihoods",
         "live",
