@@ -13,7 +13,9 @@ from .blocks import input_group
 from .layout import MaskOf
 from .matrices import (
     IS_A,
+    IS_SYMMETRIC,
     NUM_PARTS,
+    SYMMETRIC_INVERSES,
     copy_inverses,
     data_of,
     drop_inverted,
@@ -80,7 +82,7 @@ def joint_curvature(
             of_batch = shares.of_examples if is_A or weigh_B_by_examples else shares.of_terms
         return of_batch * (shares.of_positions(columns[i // NUM_PARTS]) if is_A else 1.0)
 
-    summed = ranks.sum_(data, weight, are_same)
+    summed = ranks.sum_(data, weight, are_same, lambda i: IS_SYMMETRIC[i % NUM_PARTS])
     if are_same:
         return results
     joint = _matrices(modules, summed)
@@ -195,7 +197,8 @@ def share_inverses(
                     if rank == ranks.rank and inverse is not None
                     else torch.empty(shape, dtype=dtype, device=ranks.device)
                 )
-        ranks.broadcast_(list(sent.values()), rank)
+        are_symmetric = [places[i][2] in SYMMETRIC_INVERSES for i in sent]
+        ranks.broadcast_(list(zip(sent.values(), are_symmetric, strict=True)), rank)
         for i, same_as, _, _ in theirs:
             _, holder, name, _ = places[i]
             setattr(holder, name, sent[same_as])

@@ -30,6 +30,8 @@ _FIELDS = (
 )
 NUM_PARTS = len(_FIELDS)
 IS_A = [(part, data) == ("kron", "A") for part, data, _ in _FIELDS]
+IS_SYMMETRIC = [part != "diag" for part, _, _ in _FIELDS]
+SYMMETRIC_INVERSES = {inv for part, _, inv in _FIELDS if part != "diag"}
 
 
 class KFE(symmatrix.KFE):

@@ -10,7 +10,7 @@ not by position: ranks may have called different layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 
 import torch
@@ -18,12 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .agreement import Agreement, signature
-from .factors import accumulation_dtype
+from .packing import Packed, buckets, unpack
 from .shares import Share, Shares
 
 __all__ = ["Ranks"]
-
-_BUCKET_NUMEL = 2**25  # elements that are sent at once
 
 
 class Ranks(Agreement):
@@ -34,6 +32,7 @@ class Ranks(Agreement):
         tensors: list[Tensor | None],
         weights: Callable[[int], float],
         are_same: bool,
+        is_symmetric: Callable[[int], bool] = lambda _: False,
     ) -> list[Tensor | None]:
         """Weighted sums over the ranks, in place.
 
@@ -42,6 +41,8 @@ class Ranks(Agreement):
                 is zero there. Half precision is added up in float32.
             weights: of the tensor at an index.
             are_same: whether all ranks have the same ones of them.
+            is_symmetric: whether the tensor at an index is a symmetric matrix, or several: of these
+                half is sent.
 
         Returns:
             The tensors; those that only other ranks had are new.
@@ -52,15 +53,10 @@ class Ranks(Agreement):
         unique = {id(t): (i, t) for i, t in reversed([*enumerate(tensors)]) if t is not None}
         entries = sorted(unique.values(), key=lambda entry: entry[0])
         with self.exchanging(), torch.no_grad():
-            for bucket in _buckets(entries):
-                vector = torch.cat(
-                    [
-                        _dense(tensor).flatten().to(accumulation_dtype(tensor.dtype)) * weights(i)
-                        for i, tensor in bucket
-                    ]
-                )
+            for bucket in buckets([Packed(t, is_symmetric(i), weights(i)) for i, t in entries]):
+                vector = torch.cat([entry.values() for entry in bucket])
                 dist.all_reduce(vector, group=self.group)
-                _unpack(vector, [tensor for _, tensor in bucket])
+                unpack(vector, bucket)
         return tensors
 
     def _completed(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
@@ -77,15 +73,19 @@ class Ranks(Agreement):
             seen.add(id(tensor))
         return completed
 
-    def broadcast_(self, tensors: list[Tensor], owner: int) -> None:
-        """Give all ranks the values that ``owner`` has, in place."""
+    def broadcast_(self, tensors: list[tuple[Tensor, bool]], owner: int) -> None:
+        """Give all ranks the values that ``owner`` has, in place.
+
+        Args:
+            tensors: with whether each is symmetric; ``owner``'s own are made exactly symmetric.
+            owner: a rank.
+        """
         source = owner if self.group is None else dist.get_global_rank(self.group, owner)
         with self.exchanging(), torch.no_grad():
-            for bucket in _buckets(list(enumerate(tensors))):
-                vector = torch.cat([tensor.flatten() for _, tensor in bucket])
+            for bucket in buckets([Packed(*entry) for entry in tensors]):
+                vector = torch.cat([entry.values() for entry in bucket])
                 dist.broadcast(vector, source, group=self.group)
-                if owner != self.rank:
-                    _unpack(vector, [tensor for _, tensor in bucket])
+                unpack(vector, bucket)
 
     def exchange_shares(
         self, what: str, share: Share, *signatures: int
@@ -123,31 +123,3 @@ class Ranks(Agreement):
             owner[task] = min(range(self.size), key=load.__getitem__)
             load[owner[task]] += costs[task]
         return owner
-
-
-def _buckets(entries: list[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Tensors of one dtype, in order, in lists of not too many elements."""
-    bucket: list[tuple[int, Tensor]] = []
-    numel = 0
-    for entry in entries:
-        tensor = entry[1]
-        if bucket and (
-            tensor.dtype != bucket[0][1].dtype or numel + tensor.numel() > _BUCKET_NUMEL
-        ):
-            yield bucket
-            bucket, numel = [], 0
-        bucket.append(entry)
-        numel += tensor.numel()
-    if bucket:
-        yield bucket
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.to_dense() if tensor.is_sparse else tensor
-
-
-def _unpack(vector: Tensor, tensors: list[Tensor]) -> None:
-    """Copied, never exchanged: a gradient may be a part of a buffer that others know."""
-    for tensor, values in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-        values = values.view(tensor.shape).to(tensor.dtype)
-        tensor.copy_(values.to_sparse(tensor.sparse_dim()) if tensor.is_sparse else values)

@@ -38,7 +38,7 @@ FLOORS = [
         "wrappers",
     },
     {"factors", "lineage", "matrices", "registry", "rounding", "second_moments", "step_length"},
-    {"capture", "layer_gradients"},
+    {"capture", "layer_gradients", "packing"},
     {
         "likelihoods",
         "live",

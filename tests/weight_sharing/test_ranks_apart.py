@@ -361,7 +361,28 @@ def resumed(rank: int, world: int, at: int, of_one: Any = None) -> list[Any]:
     return history
 
 
+def sent(rank: int, world: int) -> dict[str, list[int]]:
+    """The numbers of elements in each call of a step that exchanges tensors of the layers."""
+    maker, seen = make(network()), {"all_reduce": [], "broadcast": []}
+
+    def counting(name: str) -> Callable[..., Any]:
+        exchange = getattr(dist, name)
+
+        def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen[name].append(tensor.numel())
+            return exchange(tensor, *args, **kwargs)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in seen:
+            patch.setattr(dist, name, counting(name))
+        make_step(maker, maker.model, *(t[rank::world] for t in batch(0)))
+    return seen
+
+
 SCENARIOS: dict[str, tuple[Any, ...]] = {
+    "sent": (sent,),
     **{f"wrapped {kind}": (wrapped, kind) for kind in ("plain", "ddp", "views", "lambda")},
     "static graph": (static_graph,),
     "wrapper restored": (wrapper_restored,),
@@ -421,6 +442,15 @@ def test_wrapped_or_not_and_with_gradients_in_the_reducers_buckets(ranks: Any, k
     expected = wrapped(0, 1, "plain")
     for found in ranks(f"wrapped {kind}"):
         assert distance(found, expected) < 1e-10
+
+
+def test_a_step_sends_gradients_and_one_triangle_of_each_factor_and_inverse(ranks: Any) -> None:
+    triangles = [side * (side + 1) // 2 for side in (4, 5, 5, 3)]
+    num_parameters = 4 * 5 + 5 + 5 * 3 + 3
+    for found in ranks("sent"):
+        assert sorted(found["all_reduce"]) == sorted([num_parameters, sum(triangles)])
+        assert sum(found["broadcast"]) == sum(triangles)
+        assert len(found["broadcast"]) == 2  # each rank sends the inverses that it computed
 
 
 def test_a_wrapper_that_cannot_be_kept_from_averaging_is_refused(ranks: Any) -> None:
