@@ -250,9 +250,14 @@ def schedule_free(workload: Workload, model: nn.Module, settings: Settings) -> T
     return Trainer(workload, model, [optimizer], [])
 
 
-def kfac(strategy: str | None, fisher_type: str, config_of: Callable[[Settings], Any]) -> Make:
-    """K-FAC in front of NAdamW. ``strategy=None`` is that of the workload's setting; ``config_of``
-    makes the configuration of the settings.
+def kfac(
+    strategy: str | None,
+    fisher_type: str,
+    config_of: Callable[[Settings], Any],
+    behind: Make | None = None,
+) -> Make:
+    """K-FAC in front of NAdamW, or of the optimizers that ``behind`` makes. ``strategy=None`` is
+    that of the workload's setting; ``config_of`` makes the configuration of the settings.
     """
 
     def make(workload: Workload, model: nn.Module, settings: Settings) -> Trainer:
@@ -266,7 +271,7 @@ def kfac(strategy: str | None, fisher_type: str, config_of: Callable[[Settings],
             shared_dim=strategy or workload.setting,
         )
         # Converted attention has parameters of its own, so the optimizer is made after it.
-        trainer = nadamw(workload, model, settings)
+        trainer = (behind or nadamw)(workload, model, settings)
         trainer.maker = maker
         return trainer
 
@@ -287,6 +292,13 @@ def every(curvature: int, inverse: int) -> Callable[[Settings], Any]:
 def preset(settings: Settings) -> Any:
     """What the README shows. Nothing of it is ever tuned."""
     return asdl_ws_plugin.recommended(ignore_modules=IGNORED)
+
+
+def preset_64(settings: Settings) -> Any:
+    """The preset, with A and its inverse renewed every 64 steps."""
+    return asdl_ws_plugin.recommended(
+        curvature_upd_interval=64, preconditioner_upd_interval=64, ignore_modules=IGNORED
+    )
 
 
 def second_moment(settings: Settings) -> Any:
@@ -348,10 +360,16 @@ def _contenders() -> dict[str, Contender]:
     for name, strategy in {"K-FAC-reduce": "reduce", "K-FAC-expand": "expand"}.items():
         make = kfac(strategy, "fisher_mc", second_moment)
         result[f"{name}, second moment"] = Contender(make, ADAM, space=ADAM_SPACE, is_ours=True)
+    result["K-FAC forward-only, Muon"] = Contender(
+        kfac(None, "fisher_forward_only", preset_64, behind=muon),
+        dict(result["Muon"].defaults),
+        space=result["Muon"].space,
+        is_ours=True,
+    )
     if not hasattr(asdl_ws_plugin, "recommended"):  # a version without the preset
         result = {n: c for n, c in result.items() if "preset" not in n and "moment" not in n}
     if not hasattr(torch.optim, "Muon"):  # before torch 2.9
-        del result["Muon"]
+        result = {n: c for n, c in result.items() if "Muon" not in n}
     return result
 
 

@@ -1,7 +1,10 @@
-"""What MkDocs does besides: the page of refusals, and a menu of the pages that are there."""
+"""What MkDocs does besides: the page of refusals, a menu of the pages that are there, and figures
+that open in full size, since wide ones are small on a phone.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,3 +40,7 @@ def on_files(files: Any, config: Any) -> Any:
     for name, make in GENERATED.items():
         files.append(File.generated(config, name, content=make()))
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*/?>', r'<a href="\1">\g<0></a>', html)

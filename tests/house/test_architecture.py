@@ -66,6 +66,12 @@ def test_the_files_that_are_named_exist() -> None:
     assert named - known - {file.name for file in (ROOT / "tests").rglob("*.py")} == set()
 
 
+def test_every_file_has_its_place_in_the_page() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    files = {file.name for file in PACKAGE.rglob("*.py")} - {"__init__.py", "__main__.py"}
+    assert sorted(file for file in files if not re.search(rf"\b{file}\b", text)) == []
+
+
 def test_the_version_of_the_citation_is_the_packages() -> None:
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {asdl_ws_plugin.__version__}\n" in citation
