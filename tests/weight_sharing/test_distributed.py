@@ -49,7 +49,7 @@ def test_fully_shard() -> None:
     model(x).cos().sum().backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad.full_tensor(), b.grad)
-    assert len(make(model).plan.layers) == 6  # tests/front_door/test_fully_shard.py trains one
+    assert len(make(model).plan.layers) == 8  # tests/front_door/test_fully_shard.py trains one
 
 
 @pytest.mark.usefixtures("alone")
