@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +70,7 @@ class Preconditioner:
         num_skipped: how many steps were skipped for a gradient that a GradScaler made overflow.
 
     Raises:
-        TypeError: both a configuration and its fields are given.
+        TypeError: both a configuration and its fields are given, or an option that there is not.
         ValueError: an option is invalid, or there is no layer to precondition.
 
     >>> import asdl_ws_plugin, torch
@@ -91,6 +93,7 @@ class Preconditioner:
         statistics: bool = False,
         **options: Any,
     ) -> None:
+        _check_arguments(model, options, maker)
         fields = {name: options.pop(name) for name in _CONFIG_FIELDS & options.keys()}
         if config is not None and fields:
             raise TypeError(f"Give {', '.join(sorted(fields))} in the config, or no config.")
@@ -135,7 +138,7 @@ class Preconditioner:
 
         Raises:
             RuntimeError: curvature was due, but no forward pass in training mode, or no backward
-                pass of its loss, was seen; or the gradients are already preconditioned.
+                pass of its loss, was seen; there is no gradient, or it is already preconditioned.
         """
         if not self.enabled:
             return
@@ -158,8 +161,13 @@ class Preconditioner:
 
         Of several optimizers of one model, the first that steps does it.
 
-        Returns a handle; ``remove()`` undoes it.
+        Returns a handle; ``remove()`` undoes it. Raises a TypeError for what is no optimizer.
         """
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise TypeError(
+                f"step_before takes an optimizer, got a {type(optimizer).__name__}. Pass the "
+                "torch.optim.Optimizer whose step() is to follow, prec.step_before(optimizer)."
+            )
 
         def hook(*_: Any) -> None:
             if self._has_backward():
@@ -231,9 +239,14 @@ class Preconditioner:
                 "no backward pass since. Call step() once for each step of the optimizer, after "
                 "loss.backward()."
             )
-        if self._seen_backward or not (due or self._passes):
-            return
-        raise _not_seen(due, bool(self._passes))
+        if not self._seen_backward and (due or self._passes):
+            raise _not_seen(due, bool(self._passes))
+        if not gradients_of(self.maker):
+            raise RuntimeError(
+                "There is no gradient: zero_grad() was called between loss.backward() and step(), "
+                "or there was no backward pass. The order is optimizer.zero_grad(), "
+                "loss.backward(), prec.step(), optimizer.step()."
+            )
 
     # ------------------------------------------------------------------------------ a backward pass
 
@@ -278,6 +291,25 @@ class Preconditioner:
             for p in maker.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, torch.inf)
+
+
+def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:
+    """Raise a TypeError for what is no model, and for an option that nothing here knows."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"A Preconditioner is of a model, got a {type(model).__name__}. Pass the nn.Module, "
+            "and the parameters to the optimizer."
+        )
+    if not inspect.isclass(maker) or maker.__module__ != KfacGradientMaker.__module__:
+        return  # its options are its own affair
+    known = set(_CONFIG_FIELDS)
+    for cls in inspect.getmro(maker):
+        known |= inspect.signature(cls.__init__).parameters.keys()
+    known -= {"self", "args", "kwargs", "model", "config"}
+    for name in sorted(options.keys() - known):
+        nearest = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"Did you mean '{nearest[0]}'?" if nearest else f"There are {sorted(known)}."
+        raise TypeError(f"Preconditioner has no option '{name}'. {hint}")
 
 
 def _not_seen(is_due: bool, was_called: bool) -> RuntimeError:
