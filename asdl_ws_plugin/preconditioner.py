@@ -303,7 +303,8 @@ def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:
     if not inspect.isclass(maker) or maker.__module__ != KfacGradientMaker.__module__:
         return  # its options are its own affair
     known = set(_CONFIG_FIELDS)
-    for cls in inspect.getmro(maker):
+    classes: tuple[Any, ...] = inspect.getmro(maker)
+    for cls in classes:
         known |= inspect.signature(cls.__init__).parameters.keys()
     known -= {"self", "args", "kwargs", "model", "config"}
     for name in sorted(options.keys() - known):
