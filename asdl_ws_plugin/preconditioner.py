@@ -164,10 +164,7 @@ class Preconditioner:
         Returns a handle; ``remove()`` undoes it. Raises a TypeError for what is no optimizer.
         """
         if not hasattr(optimizer, "register_step_pre_hook"):
-            raise TypeError(
-                f"step_before takes an optimizer, got a {type(optimizer).__name__}. Pass the "
-                "torch.optim.Optimizer whose step() is to follow, prec.step_before(optimizer)."
-            )
+            raise _no_optimizer(optimizer)
 
         def hook(*_: Any) -> None:
             if self._has_backward():
@@ -234,19 +231,11 @@ class Preconditioner:
     def _check_seen(self) -> None:
         due = self._is_due()
         if not self._seen_backward and self._done.are(gradients_of(self.maker)):
-            raise RuntimeError(
-                "The gradients in .grad are those that the last step has preconditioned: there was "
-                "no backward pass since. Call step() once for each step of the optimizer, after "
-                "loss.backward()."
-            )
+            raise _already_done()
         if not self._seen_backward and (due or self._passes):
             raise _not_seen(due, bool(self._passes))
         if not gradients_of(self.maker):
-            raise RuntimeError(
-                "There is no gradient: zero_grad() was called between loss.backward() and step(), "
-                "or there was no backward pass. The order is optimizer.zero_grad(), "
-                "loss.backward(), prec.step(), optimizer.step()."
-            )
+            raise _no_gradient()
 
     # ------------------------------------------------------------------------------ a backward pass
 
@@ -311,6 +300,29 @@ def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:
         nearest = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f"Did you mean '{nearest[0]}'?" if nearest else f"There are {sorted(known)}."
         raise TypeError(f"Preconditioner has no option '{name}'. {hint}")
+
+
+def _no_optimizer(found: Any) -> TypeError:
+    return TypeError(
+        f"step_before takes an optimizer, got a {type(found).__name__}. Pass the "
+        "torch.optim.Optimizer whose step() is to follow, as in prec.step_before(optimizer)."
+    )
+
+
+def _already_done() -> RuntimeError:
+    return RuntimeError(
+        "The gradients in .grad are those that the last step has preconditioned: there was no "
+        "backward pass since. Call step() once for each step of the optimizer, after "
+        "loss.backward()."
+    )
+
+
+def _no_gradient() -> RuntimeError:
+    return RuntimeError(
+        "There is no gradient: zero_grad() was called between loss.backward() and step(), or there "
+        "was no backward pass. The order is optimizer.zero_grad(), loss.backward(), prec.step(), "
+        "optimizer.step()."
+    )
 
 
 def _not_seen(is_due: bool, was_called: bool) -> RuntimeError:

@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ def _diagonals(matrix: SymMatrix) -> list[Tensor]:
 Reading = Callable[[nn.Module], AbstractContextManager[None]]
 
 
+def _as_it_is(_: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class StepTrust:
     """Averages for every layer: the slope that steps leave, ``-g₊ᵀ Δ``, its square, and ``ΔᵀΔ``."""
 
@@ -82,7 +86,7 @@ class StepTrust:
         return other
 
     @torch.no_grad()
-    def note(self, modules: Iterable[Any], reading: Reading) -> None:
+    def note(self, modules: Iterable[Any], reading: Reading = _as_it_is) -> None:
         """Before a step that :meth:`measure` will be about: where the weights are.
 
         Args:
@@ -95,7 +99,7 @@ class StepTrust:
                     self._before[module] = module.weight.detach().clone()
 
     @torch.no_grad()
-    def measure(self, reading: Reading) -> None:
+    def measure(self, reading: Reading = _as_it_is) -> None:
         """After that step, with the raw gradients of the next one."""
         by_device: dict[torch.device, dict[nn.Module, Any]] = defaultdict(dict)
         for module, before in self._before.items():
