@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,7 +70,7 @@ class Preconditioner:
         num_skipped: how many steps were skipped for a gradient that a GradScaler made overflow.
 
     Raises:
-        TypeError: both a configuration and its fields are given.
+        TypeError: both a configuration and its fields are given, or an option that there is not.
         ValueError: an option is invalid, or there is no layer to precondition.
 
     >>> import asdl_ws_plugin, torch
@@ -91,6 +93,7 @@ class Preconditioner:
         statistics: bool = False,
         **options: Any,
     ) -> None:
+        _check_arguments(model, options, maker)
         fields = {name: options.pop(name) for name in _CONFIG_FIELDS & options.keys()}
         if config is not None and fields:
             raise TypeError(f"Give {', '.join(sorted(fields))} in the config, or no config.")
@@ -102,6 +105,8 @@ class Preconditioner:
         self.num_skipped = 0
         self._select = logits or first_logits
         self._statistics = StepStatistics(self.maker, statistics)
+        if self.maker.sharded is not None:  # norms are computed together
+            self.maker.ranks.agree(f"Preconditioner(statistics={statistics})")
         has_ranks = self.maker.ranks.size > 1
         self._passes = ForwardPasses(model, self.maker.plan, self._on_backward, has_ranks)
         self._overflowed = False
@@ -133,7 +138,7 @@ class Preconditioner:
 
         Raises:
             RuntimeError: curvature was due, but no forward pass in training mode, or no backward
-                pass of its loss, was seen; or the gradients are already preconditioned.
+                pass of its loss, was seen; there is no gradient, or it is already preconditioned.
         """
         if not self.enabled:
             return
@@ -145,7 +150,7 @@ class Preconditioner:
         try:
             with self._statistics.timed("step"):
                 self.maker.finish_step()
-                self._done.leave(gradients_of(self.maker.model))
+                self._done.leave(gradients_of(self.maker))
         finally:
             self._next()
         self._statistics.note(before, due, self.num_skipped)
@@ -156,8 +161,10 @@ class Preconditioner:
 
         Of several optimizers of one model, the first that steps does it.
 
-        Returns a handle; ``remove()`` undoes it.
+        Returns a handle; ``remove()`` undoes it. Raises a TypeError for what is no optimizer.
         """
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise _no_optimizer(optimizer)
 
         def hook(*_: Any) -> None:
             if self._has_backward():
@@ -169,12 +176,14 @@ class Preconditioner:
         """The parameters whose gradients are preconditioned, and the others, as ``torch.optim``
         takes them.
         """
+        if self.maker.sharded is not None:  # a forward pass alone leaves whole ones in the model
+            self.maker.sharded.reshard()
         inside = {id(p) for p in _preconditioned(self.maker.plan)}
         groups: list[dict[str, Any]] = [
             {"params": [], "preconditioned": True},
             {"params": [], "preconditioned": False},
         ]
-        for p in self.maker.model.parameters():
+        for p in self.maker.parameters():
             if p.requires_grad:
                 groups[id(p) not in inside]["params"].append(p)
         return groups
@@ -216,20 +225,17 @@ class Preconditioner:
         """Whether there is something to do: a backward pass since the last step."""
         if self._is_due():
             return self._seen_backward
-        grads = gradients_of(self.maker.model)
+        grads = gradients_of(self.maker)
         return bool(grads) and not self._done.are(grads)
 
     def _check_seen(self) -> None:
         due = self._is_due()
-        if not self._seen_backward and self._done.are(gradients_of(self.maker.model)):
-            raise RuntimeError(
-                "The gradients in .grad are those that the last step has preconditioned: there was "
-                "no backward pass since. Call step() once for each step of the optimizer, after "
-                "loss.backward()."
-            )
-        if self._seen_backward or not (due or self._passes):
-            return
-        raise _not_seen(due, bool(self._passes))
+        if not self._seen_backward and self._done.are(gradients_of(self.maker)):
+            raise _already_done()
+        if not self._seen_backward and (due or self._passes):
+            raise _not_seen(due, bool(self._passes))
+        if not gradients_of(self.maker):
+            raise _no_gradient()
 
     # ------------------------------------------------------------------------------ a backward pass
 
@@ -249,7 +255,7 @@ class Preconditioner:
         _check_backward(len(seen), gradient is not None or inputs is not None or create_graph)
         (forward,) = seen
         captured = self._passes.take(forward, loss, self._select(forward.output))
-        if not gradients_of(self.maker.model):
+        if not gradients_of(self.maker):
             # Gradients were dropped since, as after a step that a GradScaler skipped.
             self.maker.fisher_maker.micro_batches = None
         self._seen_backward = True
@@ -271,9 +277,52 @@ class Preconditioner:
             self._overflowed = True
             self.num_skipped += 1
             maker.fisher_maker.micro_batches = None
-            for p in maker.model.parameters():
+            for p in maker.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, torch.inf)
+
+
+def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:
+    """Raise a TypeError for what is no model, and for an option that nothing here knows."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"A Preconditioner is of a model, got a {type(model).__name__}. Pass the nn.Module, "
+            "and the parameters to the optimizer."
+        )
+    if not inspect.isclass(maker) or maker.__module__ != KfacGradientMaker.__module__:
+        return  # its options are its own affair
+    known = set(_CONFIG_FIELDS)
+    classes: tuple[Any, ...] = inspect.getmro(maker)
+    for cls in classes:
+        known |= inspect.signature(cls.__init__).parameters.keys()
+    known -= {"self", "args", "kwargs", "model", "config"}
+    for name in sorted(options.keys() - known):
+        nearest = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"Did you mean '{nearest[0]}'?" if nearest else f"There are {sorted(known)}."
+        raise TypeError(f"Preconditioner has no option '{name}'. {hint}")
+
+
+def _no_optimizer(found: Any) -> TypeError:
+    return TypeError(
+        f"step_before takes an optimizer, got a {type(found).__name__}. Pass the "
+        "torch.optim.Optimizer whose step() is to follow, as in prec.step_before(optimizer)."
+    )
+
+
+def _already_done() -> RuntimeError:
+    return RuntimeError(
+        "The gradients in .grad are those that the last step has preconditioned: there was no "
+        "backward pass since. Call step() once for each step of the optimizer, after "
+        "loss.backward()."
+    )
+
+
+def _no_gradient() -> RuntimeError:
+    return RuntimeError(
+        "There is no gradient: zero_grad() was called between loss.backward() and step(), or there "
+        "was no backward pass. The order is optimizer.zero_grad(), loss.backward(), prec.step(), "
+        "optimizer.step()."
+    )
 
 
 def _not_seen(is_due: bool, was_called: bool) -> RuntimeError:
@@ -293,9 +342,12 @@ def _check_finite(maker: Any) -> None:
     """Raise a FloatingPointError if a gradient is not finite, on any rank: a scaler knows that of
     its own only, and all have to skip the same steps.
     """
-    norms = torch.stack([grad.abs().max().float() for grad in gradients_of(maker.model)])
+    sharded = maker.sharded is not None
+    grads: list[Any] = list(gradients_of(maker))
+    parts = [grad.to_local() if sharded else grad for grad in grads]
+    norms = [part.abs().max().float() for part in parts if part.numel()]
     maker.ranks.begin()
-    if not bool(torch.isfinite(norms).all()):
+    if norms and not bool(torch.isfinite(torch.stack(norms)).all()):
         error = FloatingPointError("Gradients overflow.")
         maker.ranks.tell(error)
         raise error

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .weight_sharing.torch_private import version_of
 
 __all__ = ["StepGradients", "gradients_of"]
 
 
-def gradients_of(model: nn.Module) -> list[Tensor]:
-    """Those that there are, in the order of the parameters."""
-    return [p.grad for p in model.parameters() if p.grad is not None]
+def gradients_of(maker: Any) -> list[Tensor]:
+    """Those that there are of a gradient maker's model, in the order of the parameters."""
+    return [p.grad for p in maker.parameters() if p.grad is not None]
 
 
 class StepGradients:

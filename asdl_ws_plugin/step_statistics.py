@@ -33,7 +33,10 @@ class StepStatistics:
         """The norm of all gradients."""
         if not self.is_on:
             return None
-        norms = [grad.norm() for grad in gradients_of(self.maker.model)]
+        grads = gradients_of(self.maker)
+        if self.maker.sharded is not None and grads:
+            return self.maker.sharded.norm(grads)
+        norms = [grad.norm() for grad in grads]
         return float(torch.stack(norms).norm()) if norms else 0.0
 
     @contextlib.contextmanager

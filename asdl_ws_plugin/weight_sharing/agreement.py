@@ -140,7 +140,7 @@ class Agreement:
         raise (RankNotFinite if all_not_finite else RankFailure)("\n".join(failed))
 
     @contextlib.contextmanager
-    def _exchanging(self) -> Iterator[None]:
+    def exchanging(self) -> Iterator[None]:
         """Tensors are exchanged: a rank that fails now cannot tell, for no other listens."""
         self._is_silent = True
         yield
@@ -151,7 +151,7 @@ class Agreement:
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        with self._exchanging():
+        with self.exchanging():
             dist.all_gather_object(values, value, group=self.group)
         return values
 

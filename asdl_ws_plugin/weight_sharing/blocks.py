@@ -102,13 +102,26 @@ class LinearBlock(nn.Linear):
         """The Parameter that ``kind``, ``'weight'`` or ``'bias'``, is a part of."""
         return getattr(self._owner, self._names[kind])
 
+    def places(self) -> list[tuple[nn.Module, str]]:
+        """Where these Parameters are: the module and their names."""
+        return [(self._owner, name) for name in self._names.values()]
+
+    def forget_views(self) -> None:
+        """Let go of the gradients that the views are of."""
+        for view in self._views.values():
+            view.grad = None
+
     def _view(self, kind: str) -> Any:
         parameter = self.owned(kind)
         if parameter is None or (
             self._num_blocks[kind] == 1 and not (kind == "weight" and self.transposed)
         ):
             return parameter
-        data = self.part(kind, parameter.detach())
+        whole: Any = parameter.detach()
+        is_divided = hasattr(whole, "device_mesh")
+        if is_divided:  # by fully_shard: a part has sizes only, and no rank has to wait for it
+            whole = whole.to_local().new_zeros(()).expand(whole.shape)
+        data = self.part(kind, whole)
         view = self._views.get(kind)
         if view is None or view.dtype != data.dtype or view.device != data.device:
             view = self._views[kind] = nn.Parameter(data)
@@ -116,7 +129,7 @@ class LinearBlock(nn.Linear):
         view.grad = None
         view.data = data
         view.requires_grad_(parameter.requires_grad)
-        if parameter.grad is not None:
+        if parameter.grad is not None and not is_divided:
             view.grad = self.part(kind, parameter.grad)
         return view
 

@@ -47,6 +47,7 @@ from .plan import Plan
 from .probe import counted
 from .ranks import Ranks
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
+from .sharded import sharded_model
 from .shares import Share
 from .step import NOT_GIVEN, Step, check_data_size
 from .torch_private import is_sharded_by_fsdp1, unwrapped
@@ -112,19 +113,15 @@ def check_config(model: nn.Module, config: FisherConfig) -> None:
 
 
 def check_not_sharded(model: nn.Module) -> None:
-    """Raise a ValueError if a rank has parts of parameters only."""
+    """Raise a ValueError for a model of FSDP1, of whose parameters a rank has parts only."""
     for name, p in model.named_parameters():
-        if hasattr(p, "device_mesh"):
-            what = "a DTensor, as fully_shard makes them"
-        elif is_sharded_by_fsdp1(p):
-            what = "sharded by FullyShardedDataParallel"
-        else:
-            continue
-        raise ValueError(
-            f"Parameter '{name}' is {what}: each rank has a part of it, but the curvature is of "
-            "whole layers. Train with whole copies of the model on every rank instead, with "
-            "DistributedDataParallel or without a wrapper."
-        )
+        if is_sharded_by_fsdp1(p):
+            raise ValueError(
+                f"Parameter '{name}' is sharded by FullyShardedDataParallel: each rank has a part "
+                "of it, but the curvature is of whole layers. Shard with fully_shard, which has "
+                "replaced it, or train with whole copies of the model on every rank, with "
+                "DistributedDataParallel or without a wrapper."
+            )
 
 
 class WeightSharingFisherMaker(ModelCalls, JointBatches):
@@ -236,6 +233,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
                 raise ValueError(f"{option} and calc_inv cannot be True at the same time.")
         check_data_size(data_size)
         check_setup(self, needs_loss=self.is_fisher_emp or calc_loss_grad)
+        _check_sharded(self, fvp)
         step = Step(
             self.config.data_size if data_size == NOT_GIVEN else data_size,
             self.config.scale if scale is None else scale,
@@ -262,14 +260,22 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
         """
         check_captured(captured, self.config.fisher_type, self.plan)
         reading = read(captured, self.plan, self.config, step.has_data_size)
-        count, evidence = counted(self.plan, self.plan.layers, captured)
-        self._decide(reading.num_rows, count.num_logits_of_examples)
-        scales = step.scales(reading, count, captured.loss is not None, captured.loss_scale)
-        captured = replace(captured, record=self._live(captured, reading))
-        batch = self._arranged(captured, reading, count, evidence, step, scales[0])
-        scale_B = scales[0 if self.config.fisher_type == FISHER_FORWARD_ONLY else 1]
-        estimate = self._estimate()
-        operate(batch, captured, reading, count, estimate, scale_B, step.calc_loss_grad)
+        with self._gathering():
+            count, evidence = counted(self.plan, self.plan.layers, captured)
+            self._decide(reading.num_rows, count.num_logits_of_examples)
+            scales = step.scales(reading, count, captured.loss is not None, captured.loss_scale)
+            captured = replace(captured, record=self._live(captured, reading))
+            batch = self._arranged(captured, reading, count, evidence, step, scales[0])
+            scale_B = scales[0 if self.config.fisher_type == FISHER_FORWARD_ONLY else 1]
+            backward = None
+            if step.calc_loss_grad:
+                assert captured.loss is not None
+                is_weighed = self.sharded is not None and self.ranks.size > 1
+                share = share_of(reading, 0, captured.loss_scale) if is_weighed else Share()
+                weight, backward = self._backward_of(captured.loss, share)
+                if self.is_fisher_emp and weight:  # what arrives at the layers has that weight, too
+                    scale_B = scale_B / weight**2
+            operate(batch, captured, reading, count, self._estimate(), scale_B, backward)
         self._keep(batch, reading, step, captured.loss_scale)
 
     def _arranged(
@@ -321,6 +327,21 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
             config.seed,
             self.draws,
             self.ranks.rank if self.ranks.size > 1 else None,
+        )
+
+
+def _check_sharded(maker: WeightSharingFisherMaker, fvp: bool) -> None:
+    """Raise a ValueError for what is not supported of a model of ``fully_shard``."""
+    if maker.sharded is None and sharded_model(maker.model) is None:
+        return
+    if fvp or not maker.belongs_to_maker:
+        raise ValueError(
+            "The model is sharded by fully_shard, which gradient makers and the Preconditioner "
+            "understand. Compute Fisher matrices and their products with a whole copy of it."
+        )
+    if maker.sharded is None:
+        raise ValueError(
+            "The model was sharded after the gradient maker was made. Make it afterwards."
         )
 
 

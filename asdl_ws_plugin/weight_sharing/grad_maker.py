@@ -10,14 +10,14 @@ that took no part in it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from asdl.matrices import SHAPE_KFE
+from asdl.matrices import SHAPE_FULL, SHAPE_KFE
 from asdl.precondition.natural_gradient import NaturalGradientMaker
 from asdl.symmatrix import SymMatrix
 from asdl.vector import ParamVector
@@ -32,6 +32,7 @@ from .registry import supported_classes
 from .resuming import Resuming
 from .rules import matches_any
 from .shapes import KRONECKER
+from .sharded import sharded_model
 from .steps import TransactionalSteps
 from .training_config import check_training_config
 
@@ -108,6 +109,28 @@ class WeightSharing(TransactionalSteps, Inversion, Resuming):
         gradient.
         """
         given = vectors is not None or vec_weight is not None
+        if self.sharded is not None:
+            if given:
+                raise NotImplementedError(
+                    "In a model that is sharded by fully_shard, gradients in .grad are "
+                    "preconditioned alone. Multiply other vectors in a whole copy of it."
+                )
+            with self.whole_layer(self.plan.layer_of(module), self.training):
+                self._precondition_layer(module, shape, grad_scale, use_inv)
+            return
+        self._precondition_layer(module, shape, grad_scale, use_inv, vectors, vec_weight, vec_bias)
+
+    def _precondition_layer(
+        self,
+        module: nn.Module,
+        shape: str | None,
+        grad_scale: float | None,
+        use_inv: bool,
+        vectors: ParamVector | None = None,
+        vec_weight: Tensor | None = None,
+        vec_bias: Tensor | None = None,
+    ) -> None:
+        given = vectors is not None or vec_weight is not None
         if shape in KRONECKER and getattr(self.config, "second_moment", None) is not None:
             scale = self.grad_scale if grad_scale is None else grad_scale
             self.divide_by_second_moments(self.plan.layer_of(module), scale, given)
@@ -151,7 +174,12 @@ class WeightSharing(TransactionalSteps, Inversion, Resuming):
         is_together = self.ranks.size > 1 and not given
         if is_together and not self._grads_are_joint:
             self._average(self.fisher_maker.share)
-        with nullcontext() if given else self._step():
+        with contextlib.ExitStack() as stack:
+            if self.sharded is not None:
+                self.ranks.agree(f"{self.fisher_maker.place}, preconditioning")
+                stack.enter_context(self.ranks.exchanging())
+            if not given:
+                stack.enter_context(self._step())
             super().precondition(*args, **kwargs)
         if is_together:
             self.ranks.end(f"{self.fisher_maker.place}, preconditioned")
@@ -223,6 +251,14 @@ def check(maker: WeightSharing) -> None:
             "The shape 'kfe' is for one process: an average of eigenbases is none. Use 'kron'."
         )
     maker.fisher_maker.ranks, maker.fisher_maker.belongs_to_maker = maker.ranks, True
+    maker.sharded = maker.fisher_maker.sharded = sharded_model(maker.model)
+    if maker.sharded is not None:
+        maker.sharded.check_ranks(maker.ranks)
+        if maker.plan.layers_of(SHAPE_FULL):
+            raise ValueError(
+                "The shape 'full' is of all parameters together, which fully_shard has divided. "
+                "Use a shape of single layers, as 'kron'."
+            )
     if maker.do_accumulate and maker.plan.layers_of(SHAPE_KFE):
         raise ValueError(
             "The shape 'kfe' has no moving average; leave ema_decay out of the "

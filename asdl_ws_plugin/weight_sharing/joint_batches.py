@@ -4,9 +4,13 @@ batches of several ranks.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
 from asdl.fisher import FisherMaker
 from asdl.symmatrix import SymMatrix
-from torch import nn
+from torch import Tensor, nn
 
 from .commit import commit
 from .joint import joint_curvature
@@ -14,6 +18,7 @@ from .micro_batches import MicroBatches
 from .operate import FISHER_FORWARD_ONLY
 from .plan import Plan
 from .ranks import Ranks
+from .sharded import ShardedModel
 from .shares import Share
 from .step import Step
 from .transaction import put_aside
@@ -30,6 +35,7 @@ class JointBatches(FisherMaker):
         micro_batches: those of the step, where there are several.
         belongs_to_maker: whether a gradient maker sets all of this.
         ranks: the processes that train together.
+        sharded: a model that ``fully_shard`` was called on.
         place: where they are in their training.
         share: what this one's last batch was of the joint one.
     """
@@ -41,8 +47,29 @@ class JointBatches(FisherMaker):
     micro_batches: MicroBatches | None = None
     belongs_to_maker = False
     ranks: Ranks
+    sharded: ShardedModel | None = None
     place = ""
     share: Share
+
+    @contextlib.contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """Around what is sent back for the curvature: with whole weights, if they are divided."""
+        if self.sharded is None:
+            yield
+            return
+        self.ranks.agree(f"{self.place}, batch")
+        with self.sharded.gathered():
+            yield
+
+    def _backward_of(self, loss: Tensor, share: Share) -> tuple[float, Callable[[], None]]:
+        """The backward pass of the loss, and the weight that it gives to the loss; that is 1 unless
+        the pass itself averages over the ranks.
+        """
+        if self.sharded is None:
+            return 1.0, loss.backward
+        what = f"{self.place}, gradients"
+        weight = self.sharded.weight(self.ranks, what, share)
+        return weight, partial(self.sharded.send_back, self.ranks, what, loss, weight)
 
     def commit_micro_batches(self) -> None:
         """Stage 6 for the joint batch of several micro-batches."""

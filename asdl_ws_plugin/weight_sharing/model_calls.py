@@ -24,6 +24,8 @@ class ModelCalls(FisherMaker):
     """The part of :class:`~.fisher_maker.WeightSharingFisherMaker` that calls the model."""
 
     plan: Plan
+    ranks: Any
+    sharded: Any
     _num_terms: Any = None  # how many terms the last loss says that it averages over
 
     def capture(self) -> Captured:
@@ -52,7 +54,8 @@ class ModelCalls(FisherMaker):
 
     def call_model(self) -> Any:
         """ASDL's; logits that nobody selected are what the loss is given of the output."""
-        super().call_model()
+        with contextlib.nullcontext() if self.sharded is None else self.ranks.exchanging():
+            super().call_model()
         arguments = [*self._loss_fn_args, *self._loss_fn_kwargs.values()]
         self._logits = logits_of(self._model_output, self._dummy_logits, arguments)
         return self._model_output

@@ -6,6 +6,7 @@ drawn, or the columns of the loss Hessian's root.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,37 +72,38 @@ def operate(
     count: Count,
     estimate: Estimate,
     scale_B: Any,
-    with_grad: bool = False,
+    backward: Callable[[], None] | None = None,
 ) -> None:
     """Let the batch's operations take the inputs and the output gradients.
 
     Args:
         scale_B: multiplies B.
-        with_grad: accumulate the gradient of the loss into ``.grad``, too.
+        backward: accumulates the gradient of the loss into ``.grad``, where that is wanted, too.
     """
     batch.take_inputs()
     if estimate.fisher_type == FISHER_EMP:
         assert captured.loss is not None
-        _empirical_pass(batch, captured.loss, scale_B * reading.sum_factor**2, with_grad)
+        _empirical_pass(batch, captured.loss, scale_B * reading.sum_factor**2, backward)
         return
     batch.scale = scale_B
     if estimate.fisher_type == FISHER_FORWARD_ONLY:
         batch.take_identity()
     elif estimate.fisher_type == FISHER_MC:
-        _sampled_passes(batch, reading, estimate, keep_graph=with_grad)
+        _sampled_passes(batch, reading, estimate, keep_graph=backward is not None)
     else:
         exact_passes(batch, captured, reading, count)
-    if with_grad:
-        assert captured.loss is not None
-        captured.loss.backward()
+    if backward is not None:
+        backward()
 
 
-def _empirical_pass(batch: Batch, loss: Tensor, scale: Any, with_grad: bool) -> None:
+def _empirical_pass(
+    batch: Batch, loss: Tensor, scale: Any, backward: Callable[[], None] | None
+) -> None:
     """The gradient of the loss itself, in one pass with that of the weights where it is wanted."""
     batch.scale = scale
-    if with_grad:
+    if backward is not None:
         with batch.taking_output_grads():
-            loss.backward()
+            backward()
     else:
         batch.take_output_grads(loss, None, retain_graph=False)
     batch.end_of_pass()

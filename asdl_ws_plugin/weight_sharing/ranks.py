@@ -52,7 +52,7 @@ class Ranks(Agreement):
         # A tensor that is there several times is sent once.
         unique = {id(t): (i, t) for i, t in reversed([*enumerate(tensors)]) if t is not None}
         entries = sorted(unique.values(), key=lambda entry: entry[0])
-        with self._exchanging(), torch.no_grad():
+        with self.exchanging(), torch.no_grad():
             for bucket in buckets([Packed(t, is_symmetric(i), weights(i)) for i, t in entries]):
                 vector = torch.cat([entry.values() for entry in bucket])
                 dist.all_reduce(vector, group=self.group)
@@ -81,7 +81,7 @@ class Ranks(Agreement):
             owner: a rank.
         """
         source = owner if self.group is None else dist.get_global_rank(self.group, owner)
-        with self._exchanging(), torch.no_grad():
+        with self.exchanging(), torch.no_grad():
             for bucket in buckets([Packed(*entry) for entry in tensors]):
                 vector = torch.cat([entry.values() for entry in bucket])
                 dist.broadcast(vector, source, group=self.group)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from asdl.symmatrix import SymMatrix
-from torch import Tensor, nn
+from torch import Tensor
 
 from .torch_private import foreach_norm
 from .trust import mean_eigenvalues
@@ -30,22 +30,21 @@ _MOST = 1e-4
 
 
 @torch.no_grad()
-def rounding_noise(layers: Iterable[tuple[str, nn.Module, SymMatrix]]) -> dict[str, Tensor]:
-    """Of layers with Kronecker factors and a gradient, whether B is rounding noise: names, and
-    scalars that stay on the device.
+def rounding_noise(layers: Iterable[tuple[str, Tensor, SymMatrix]]) -> dict[str, Tensor]:
+    """Of layers with Kronecker factors, whether B is rounding noise: names, and scalars that stay
+    on the device.
+
+    Args:
+        layers: the name, the gradient of the whole weight, and the curvature.
 
     The mean square of examples' gradients, the trace of the Fisher, is at least the square of the
     mean gradient. So is, about, tr(A) tr(B): where that is as small beside it as the square of the
     precision, it has no digit that is right.
     """
     groups: dict[Any, list[tuple[str, Tensor, SymMatrix]]] = defaultdict(list)
-    for name, module, matrix in layers:
-        weight: Any = getattr(module, "weight", None)
-        if matrix.kron is not None and weight is not None and weight.grad is not None:
-            like, grad = matrix.kron.B, weight.grad
-            # The part that this rank has will do, and takes no other rank's time.
-            grad = grad.to_local() if hasattr(grad, "to_local") else grad
-            groups[like.device, like.dtype, grad.dtype].append((name, grad, matrix))
+    for name, grad, matrix in layers:
+        like = matrix.kron.B
+        groups[like.device, like.dtype, grad.dtype].append((name, grad, matrix))
     found: dict[str, Tensor] = {}
     for (_, dtype, precision), group in groups.items():
         names, grads, matrices = zip(*group, strict=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .torch_private import foreach_mul_, foreach_norm
 
-__all__ = ["clipped", "grafted"]
+__all__ = ["clipped", "clipping_factor", "grafted", "noting_change"]
 
 # Gradients are asked for again afterwards: ranks may have exchanged the tensors.
 Grads = Callable[[], list[Tensor]]
@@ -49,12 +49,24 @@ def clipped(grads: Grads, bound: float, learning_rate: float) -> Iterator[None]:
     a step ``lr p`` changes the model by the KL divergence ``lr² pᵀFp / 2``, and ``pᵀFp = gᵀp``.
     Nothing is read back from the device.
     """
+    products: list[Tensor] = []
+    with noting_change(grads, products):
+        yield
+    if products:
+        changed = grads()
+        foreach_mul_(changed, [clipping_factor(products, bound, learning_rate)] * len(changed))
+
+
+@contextlib.contextmanager
+def noting_change(grads: Grads, products: list[Tensor]) -> Iterator[None]:
+    """Add ``gᵀp`` of each gradient to ``products``: g before, p after the context."""
     raw = [grad.clone() for grad in grads()]
     yield
-    if not raw:
-        return
-    changed = grads()
-    products = [(old.double() * new).sum() for old, new in zip(raw, changed, strict=True)]
-    total = learning_rate**2 * torch.stack(products).sum()
-    factor = torch.where(total > bound, (bound / total).sqrt(), 1.0)
-    foreach_mul_(changed, [factor] * len(changed))
+    changed = grads() if raw else []
+    products += [(old.double() * new).sum() for old, new in zip(raw, changed, strict=True)]
+
+
+def clipping_factor(products: Sequence[Tensor], bound: float, learning_rate: float) -> Tensor:
+    """What :func:`clipped` multiplies gradients with, given their ``gᵀp``."""
+    total = learning_rate**2 * torch.stack(list(products)).sum()
+    return torch.where(total > bound, (bound / total).sqrt(), 1.0)

@@ -109,6 +109,8 @@ class TransactionalSteps(TrainingOptions):
         maker.micro_batches = replace(batches, is_joint=True)
 
     def _average(self, share: Share) -> None:
+        if self.sharded is not None:  # the backward pass has done it
+            return
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         what = f"{self.fisher_maker.place}, gradients"
         self.ranks.average_gradients(what, parameters, share)
@@ -150,7 +152,7 @@ class TransactionalSteps(TrainingOptions):
         try:
             self.precondition()
         except BaseException:
-            for p in self.model.parameters():
+            for p in self.parameters():
                 p.grad = None
             raise
 
@@ -163,6 +165,8 @@ class TransactionalSteps(TrainingOptions):
                 preconditioned; and they come back if it fails.
         """
         self.ranks.begin()
+        if self.sharded is not None and self.fisher_maker.given is None:
+            self.sharded.reshard()  # unless a backward pass is to follow
         carry(self)
         before = Snapshot(self, with_grads)
         try:
@@ -185,6 +189,11 @@ class TransactionalSteps(TrainingOptions):
         """The output and the loss of a step that was skipped."""
         maker = self.fisher_maker if self.do_update_curvature() else self
         return maker._model_output, maker._loss
+
+    def call_model(self) -> Any:
+        """Upstream's. Ranks of a sharded model wait for each other in it."""
+        with nullcontext() if self.sharded is None else self.ranks.exchanging():
+            return super().call_model()
 
     def call_loss(self) -> Tensor:
         """Upstream's, with the losses of AlgoPerf's workloads understood, too."""

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "AnyBatchNorm",
     "active_wrapper",
+    "averages_gradients",
     "base_of",
     "canonical_mask",
     "eagerly",
@@ -38,6 +39,7 @@ __all__ = [
     "padding_of",
     "remove_forward_hooks",
     "remove_function_mode",
+    "reshards_after_backward",
     "set_function_modes",
     "unwrapped",
     "version_of",
@@ -211,3 +213,27 @@ def set_function_modes(wanted: list[Any]) -> None:
 def is_sharded_by_fsdp1(p: nn.Parameter) -> bool:
     """Whether FullyShardedDataParallel has a Parameter's values, or a part of them."""
     return getattr(p, "_fsdp_flattened", False)
+
+
+def reshards_after_backward(unit: Any) -> bool:
+    """What ``set_reshard_after_backward`` of a module that ``fully_shard`` was called on has set;
+    it can only be set.
+    """
+    return all(group.reshard_after_backward for group in _groups_of(unit))
+
+
+def averages_gradients(unit: Any) -> bool:
+    """Whether the backward pass of a module that ``fully_shard`` was called on averages gradients:
+    ``set_gradient_divide_factor`` has set nothing else; it can only be set.
+    """
+    factors = (getattr(group, "gradient_divide_factor", None) for group in _groups_of(unit))
+    return all(factor is None for factor in factors)
+
+
+def _groups_of(unit: Any) -> list[Any]:
+    """The Parameters that are gathered together."""
+    state = unit._get_fsdp_state()
+    # Older versions have one at most.
+    groups = getattr(state, "_fsdp_param_groups", None)
+    groups = [state._fsdp_param_group] if groups is None else groups
+    return [group for group in groups if group is not None]

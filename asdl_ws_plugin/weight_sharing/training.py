@@ -13,19 +13,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from asdl.precondition.natural_gradient import NaturalGradientMaker, _module_level_shapes
+from asdl.precondition.natural_gradient import _module_level_shapes
 from asdl.precondition.prec_grad_maker import PreconditioningConfig
 from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
 from ._warn import warn
-from .blocks import parameters_of
 from .inverses import update_inverses
+from .layer_gradients import LayerGradients
 from .matrices import tensors
 from .rounding import rounding_noise
 from .schedule import is_due
 from .second_moments import SecondMoments, eigenvectors
-from .step_length import clipped, grafted
 from .training_config import TrainingConfig, at_step
 from .trust import StepTrust
 
@@ -35,11 +34,9 @@ __all__ = ["TrainingOptions"]
 _Found = tuple[str, nn.Module, SymMatrix]
 
 
-class TrainingOptions(NaturalGradientMaker):
+class TrainingOptions(LayerGradients):
     """The part of :class:`~.grad_maker.WeightSharing` that reads a ``TrainingConfig``."""
 
-    plan: Any
-    fisher_maker: Any
     _failure_reported = False
     _own_config: PreconditioningConfig
 
@@ -153,7 +150,7 @@ class TrainingOptions(NaturalGradientMaker):
             self._update_bases()
             found = [entry for entry in found if entry[2].kron is None]
         with_dampings = _with_dampings(config, self.step_trust, self.model, found)
-        updated = update_inverses(with_dampings, rounding_noise(found))
+        updated = update_inverses(with_dampings, rounding_noise(self.weight_gradients(found)))
         kept = updated.kept
         if kept and not self._failure_reported:
             self._failure_reported = True
@@ -189,20 +186,15 @@ class TrainingOptions(NaturalGradientMaker):
         if config is None:
             yield
             return
-        self.step_trust.measure()
-        with contextlib.ExitStack() as stack:
-            if config.graft:
-                stack.enter_context(grafted(self._layer_grads))
-            elif config.kl_clip is not None:
-                rate: Any = config.learning_rate
-                stack.enter_context(clipped(self._layer_grads, config.kl_clip, rate))
+        self.step_trust.measure(self.reading)
+        with self.as_long_as(config):
             yield
         # Weights are kept for a step from time to time.
         step = self.state["step"] + 1
         if config.trust is not None and (
             self.do_update_preconditioner(step) or self.do_update_curvature(step)
         ):
-            self.step_trust.note(layer.module for layer in self.plan.layers)
+            self.step_trust.note((layer.module for layer in self.plan.layers), self.reading)
 
     def divide_by_second_moments(self, layer: Any, scale: float, given: bool) -> None:
         """Precondition the gradients of a layer with Kronecker factors, in place.
@@ -216,16 +208,6 @@ class TrainingOptions(NaturalGradientMaker):
                 "gradients in .grad alone."
             )
         self.second_moments.precondition(layer, self.config.second_moment, scale)
-
-    def _layer_grads(self) -> list[Tensor]:
-        """The gradients of all layers that are preconditioned."""
-        parameters = [
-            p
-            for layer in self.plan.layers
-            for module in dict.fromkeys([layer.module, *(m for _, m in layer.tied)])
-            for p in parameters_of(module)
-        ]
-        return [p.grad for p in dict.fromkeys(parameters) if p.grad is not None]
 
 
 def _with_dampings(

@@ -84,7 +84,7 @@ class Snapshot:
     def __init__(self, maker: Any, with_grads: bool = True) -> None:
         self.maker = maker
         self.step = maker.state["step"]
-        self.grads = {p: p.grad for p in maker.model.parameters()} if with_grads else {}
+        self.grads = {p: p.grad for p in maker.parameters()} if with_grads else {}
         self.sums: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.are_added = False
         self.matrices = {m: maker._get_module_fisher(m) for m in maker.model.modules()}

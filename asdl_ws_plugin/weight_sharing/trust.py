@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,13 @@ def _diagonals(matrix: SymMatrix) -> list[Tensor]:
     return found or [torch.cat([d.flatten() for d in matrix.diag.data if d is not None])]
 
 
+Reading = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def _as_it_is(_: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 class StepTrust:
     """Averages for every layer: the slope that steps leave, ``-g₊ᵀ Δ``, its square, and ``ΔᵀΔ``."""
 
@@ -78,20 +86,29 @@ class StepTrust:
         return other
 
     @torch.no_grad()
-    def note(self, modules: Iterable[Any]) -> None:
-        """Before a step that :meth:`measure` will be about: where the weights are."""
-        self._before = {m: m.weight.detach().clone() for m in modules if m.weight.grad is not None}
+    def note(self, modules: Iterable[Any], reading: Reading = _as_it_is) -> None:
+        """Before a step that :meth:`measure` will be about: where the weights are.
+
+        Args:
+            reading: a context in which a module has its whole weight and gradient.
+        """
+        self._before = {}
+        for module in modules:
+            with reading(module):
+                if module.weight.grad is not None:
+                    self._before[module] = module.weight.detach().clone()
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self, reading: Reading = _as_it_is) -> None:
         """After that step, with the raw gradients of the next one."""
         by_device: dict[torch.device, dict[nn.Module, Any]] = defaultdict(dict)
         for module, before in self._before.items():
-            weight: Any = module.weight
-            if weight.grad is not None:
-                step = weight.detach() - before
-                products = (step * weight.grad).sum(), step.square().sum()
-                by_device[weight.device][module] = products
+            with reading(module):
+                weight: Any = module.weight
+                if weight.grad is not None:
+                    step = weight.detach() - before
+                    products = (step * weight.grad).sum(), step.square().sum()
+                    by_device[weight.device][module] = products
         for measured in by_device.values():
             self._add(measured)
         self._before = {}

@@ -394,3 +394,34 @@ def test_bad_options_are_refused(
     with pytest.raises(error, match=match):
         Preconditioner(model, **options)
     assert num_hooks(model) == 0
+
+
+@pytest.mark.parametrize("when", [0, 1])
+def test_gradients_that_zero_grad_took_before_the_step_are_missed(when: int) -> None:
+    model = mlp()
+    prec = Preconditioner(model, asdl.PreconditioningConfig(**SCHEDULE))
+    for step in range(when + 1):
+        x, y = batch(step)
+        F.cross_entropy(model(x), y).backward()
+        if step < when:
+            prec.step()
+            model.zero_grad()
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\), loss.backward\(\), prec.step\(\), opt"):
+        prec.step()
+    F.cross_entropy(model(x), y).backward()
+    prec.step()  # the next one goes on
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_mistyped_options_and_arguments_are_named() -> None:
+    model = mlp()
+    with pytest.raises(TypeError, match=r"'dampening'\. Did you mean 'damping'"):
+        Preconditioner(model, dampening=1e-2)
+    with pytest.raises(TypeError, match=r"'zzzz'\. There are \['curvature_upd_interval'"):
+        Preconditioner(model, zzzz=1)
+    with pytest.raises(TypeError, match=r"of a model, got a generator\. Pass the nn.Module"):
+        Preconditioner(model.parameters())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes an optimizer, got a Sequential"):
+        Preconditioner(model).step_before(model)  # type: ignore[arg-type]
+    assert Preconditioner(model, fisher_type="fisher_emp", damping=1e-2, seed=1).enabled

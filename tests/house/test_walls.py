@@ -38,7 +38,7 @@ FLOORS = [
         "wrappers",
     },
     {"factors", "lineage", "matrices", "registry", "rounding", "second_moments", "step_length"},
-    {"capture", "packing"},
+    {"capture", "layer_gradients", "packing"},
     {
         "likelihoods",
         "live",
@@ -51,7 +51,7 @@ FLOORS = [
         "training",
         "transaction",
     },
-    {"layout", "micro_batches", "observe_loss", "operations", "positions"},
+    {"layout", "micro_batches", "observe_loss", "operations", "positions", "sharded"},
     {
         "arrangement",
         "attach",

@@ -35,7 +35,7 @@ def make(model: nn.Module) -> Any:
 
 @pytest.mark.usefixtures("alone")
 def test_fully_shard() -> None:
-    """Also of a converted model, whose forward pass and gradients are right all the same."""
+    """A converted model, too, has the forward pass and the gradients that it had."""
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -49,8 +49,7 @@ def test_fully_shard() -> None:
     model(x).cos().sum().backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad.full_tensor(), b.grad)
-    with pytest.raises(ValueError, match=r"'self_attn\.in_proj_weight' is a DTensor.*whole copies"):
-        make(model)
+    assert len(make(model).plan.layers) == 8  # tests/front_door/test_fully_shard.py trains one
 
 
 @pytest.mark.usefixtures("alone")
