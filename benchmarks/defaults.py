@@ -7,6 +7,11 @@ batches that are new (or, for graphs of one batch, the same) on every step.
 
     python benchmarks/defaults.py            # all; resumes where it stopped
     python benchmarks/defaults.py --quick    # a few steps of each, to see that all works
+    python benchmarks/defaults.py --peers    # instead: SOAP and Muon beside NAdamW and the preset
+
+With ``--peers`` every contender has the same three learning rates, one of them higher than
+above, and the table shows the best of them. torch's Muon is for matrices alone, so models of
+convolutions are left out there.
 """
 
 from __future__ import annotations
@@ -31,15 +36,51 @@ from _ordinary_models import TASKS
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 import asdl_ws_plugin
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "NAdamW": functools.partial(torch.optim.NAdam, weight_decay=0.01, decoupled_weight_decay=True),
-    "AdamW": torch.optim.AdamW,
-    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+Optimizers = list[torch.optim.Optimizer]
+_NADAMW = functools.partial(torch.optim.NAdam, weight_decay=0.01, decoupled_weight_decay=True)
+
+
+def soap(model: nn.Module, lr: float) -> Optimizers:
+    """pytorch_optimizer's, with the settings of its authors but for the learning rate."""
+    from pytorch_optimizer import SOAP
+
+    return [SOAP(model.parameters(), lr=lr, weight_decay=0.01, precondition_frequency=10)]
+
+
+def muon(model: nn.Module, lr: float) -> Optimizers:
+    """torch's Muon for the matrices inside of the network; NAdamW, at the same rate (the updates'
+    sizes are matched), for embeddings, the last layer and vectors.
+    """
+    matrices = [m for m in model.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2]
+    outer = [m for m in matrices if isinstance(m, nn.Embedding)] + matrices[-1:]
+    excluded = {module.weight for module in outer}
+    inner = [p for p in model.parameters() if p.ndim == 2 and p not in excluded]
+    rest = [p for p in model.parameters() if not any(p is q for q in inner)]
+    matched = torch.optim.Muon(inner, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [matched, _NADAMW(rest, lr=lr)]
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, float], Optimizers]] = {
+    "NAdamW": lambda model, lr: [_NADAMW(model.parameters(), lr=lr)],
+    "AdamW": lambda model, lr: [torch.optim.AdamW(model.parameters(), lr=lr)],
+    "SGD": lambda model, lr: [torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)],
+    "SOAP": soap,
+    "Muon": muon,
 }
 RATES = {"NAdamW": (3e-4, 1e-3, 3e-3), "AdamW": (3e-4, 1e-3, 3e-3), "SGD": (1e-2, 3e-2, 1e-1)}
+# With --peers: an optimizer, and what is in front of it.
+PEERS = {
+    "NAdamW": ("NAdamW", "plain"),
+    "SOAP": ("SOAP", "plain"),
+    "Muon": ("Muon", "plain"),
+    "preset, NAdamW": ("NAdamW", "recommended"),
+    "preset, second moment": ("NAdamW", '{"second_moment": 0.95}'),
+}
+PEERS_RATES = (1e-3, 3e-3, 1e-2)
 # A loss that is not finite, or that a failed step ends, is this one.
 DIVERGED = 1e3
 
@@ -52,7 +93,7 @@ def train(
     """One run: losses of all steps, and seconds."""
     torch.manual_seed(seed)
     task = TASKS[name]()
-    optimizer = OPTIMIZERS[optimizer_name](task.model.parameters(), lr=rate)
+    optimizers = OPTIMIZERS[optimizer_name](task.model, rate)
     maker: Any = asdl.GradientMaker(task.model)
     if preset != "plain":
         options = json.loads(preset) if preset.startswith("{") else {}
@@ -62,7 +103,7 @@ def train(
     start = time.perf_counter()
     for step in range(steps or task.steps):
         args, kwargs, loss_of = task.batch(torch.Generator().manual_seed(1000 * seed + step))
-        optimizer.zero_grad()
+        task.model.zero_grad()
         output = maker.setup_model_call(task.model, *args, **kwargs)
         maker.setup_logits_repr(task.logits(output))
         maker.setup_loss_call(loss_of, task.logits(output))
@@ -75,12 +116,20 @@ def train(
         if not math.isfinite(losses[-1]):
             losses[-1] = DIVERGED
             break
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     return {"losses": losses, "seconds": time.perf_counter() - start}
 
 
 def keys(options: argparse.Namespace) -> Iterable[Key]:
     """Contenders alternate, so that a look at an unfinished file compares like with like."""
+    if options.peers:
+        for seed, name, rate in itertools.product(
+            range(options.seeds), options.models, PEERS_RATES
+        ):
+            for optimizer, preset in PEERS.values():
+                yield name, optimizer, rate, seed, preset
+        return
     for optimizer in options.optimizers:
         for seed in range(options.seeds):
             for name in options.models:
@@ -134,6 +183,38 @@ def tables(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> tupl
     return found, broken
 
 
+def peers_table(runs: dict[str, dict[str, Any]], options: argparse.Namespace) -> Table:
+    """Each contender's loss at the best of its rates, the mean of the seeds that all have."""
+    table = Table(title=f"Final training loss at the best of lr {PEERS_RATES}")
+    for column in ("", *PEERS):
+        table.add_column(column, justify="right" if column else "left")
+    for name in options.models:
+        seeds = [
+            seed
+            for seed in range(options.seeds)
+            if all(
+                _text((name, peer[0], rate, seed, peer[1])) in runs
+                for peer, rate in itertools.product(PEERS.values(), PEERS_RATES)
+            )
+        ]
+        if not seeds:
+            table.add_row(name, *("-" for _ in PEERS))
+            continue
+        losses = [
+            min(
+                statistics.mean(
+                    final(runs[_text((name, optimizer, rate, seed, preset))]["losses"])
+                    for seed in seeds
+                )
+                for rate in PEERS_RATES
+            )
+            for optimizer, preset in PEERS.values()
+        ]
+        cells = [f"{_number(x)}" if x > min(losses) else f"[green]{_number(x)}[/]" for x in losses]
+        table.add_row(name, *cells)
+    return table
+
+
 def _cell(plain: float | None, preset: float | None) -> str:
     if plain is None or preset is None:
         return "-"
@@ -154,20 +235,21 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument(
-        "--optimizers", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS)
-    )
+    parser.add_argument("--optimizers", nargs="+", choices=list(RATES), default=list(RATES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--preset", default="recommended", help="options in the place of its own, as JSON"
     )
     parser.add_argument("--out", type=Path, default=Path("out/defaults.json"))
+    parser.add_argument("--peers", action="store_true", help="SOAP, Muon, NAdamW and the preset")
     parser.add_argument("--quick", action="store_true", help="3 steps of each, one seed")
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds = 1
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="asdl")
+    if options.peers:
+        options.models = [name for name in options.models if name != "ResNet-18"]
     runs: dict[str, dict[str, Any]] = {}
     if options.out.exists() and not options.quick:
         runs = json.loads(options.out.read_text())
@@ -180,6 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
             part = options.out.with_suffix(".part")
             part.write_text(json.dumps(runs))
             os.replace(part, options.out)
+    if options.peers:
+        console.print(peers_table(runs, options))
+        return 0
     found, broken = tables(runs, options)
     for table in found:
         console.print(table)
