@@ -27,8 +27,9 @@ PEERS = (
     "timm",
     "torch-geometric",
     "torchvision",
-    "transformers",
 )
+# Releases of transformers from 5 on find no PyTorch before 2.6.
+TRANSFORMERS = {"2.5.1": "transformers<5"}
 # These compare with peers that are not installed, or are about one release alone.
 IGNORED = ("examples", "upstream/test_patches.py")
 
@@ -42,7 +43,8 @@ def environment(torch: str, asdl: str) -> Path:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, f"torch=={torch}", f"asdfghjkl=={asdl}", *PEERS], check=True)
+    peers = [*PEERS, TRANSFORMERS.get(torch, "transformers")]
+    subprocess.run([*pip, f"torch=={torch}", f"asdfghjkl=={asdl}", *peers], check=True)
     subprocess.run([*pip, "--no-deps", "-e", str(ROOT)], check=True)
     complete.touch()
     return python

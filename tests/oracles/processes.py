@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +19,21 @@ TIMEOUT = datetime.timedelta(seconds=60)
 
 
 def _worker(
-    rank: int, world_size: int, file: str, function: Callable[..., Any], args: Any, results: Any
+    rank: int, world_size: int, folder: str, function: Callable[..., Any], args: Any, results: Any
 ) -> None:
+    # What a crash leaves, such as the stack of a SIGABRT in one of gloo's threads, is shown by
+    # on_ranks: pytest cannot capture the error stream of a process that it did not start.
+    stream = open(f"{folder}/rank-{rank}.txt", "w", buffering=1)  # noqa: SIM115
+    os.dup2(stream.fileno(), 2)
+    faulthandler.enable(stream)
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=world_size, timeout=TIMEOUT
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=TIMEOUT,
     )
     try:
         results[rank] = function(rank, world_size, *args)
@@ -40,9 +51,10 @@ def on_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args:
     """
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
-        mp.spawn(
-            _worker,
-            (world_size, str(folder / "rendezvous"), function, args, results),
-            nprocs=world_size,
-        )
+        try:
+            mp.spawn(_worker, (world_size, str(folder), function, args, results), nprocs=world_size)
+        except mp.ProcessExitedException as error:  # a crash; what Python raises says it all
+            left = [f"{f.stem}:\n{f.read_text()}" for f in sorted(folder.glob("rank-*.txt"))]
+            done = f"Ranks with results: {sorted(results.keys())}."
+            raise RuntimeError("\n".join([str(error), done, *left])) from error
         return [results[rank] for rank in range(world_size)]

@@ -143,6 +143,11 @@ RELATIVES: dict[str, tuple[Loss, float, float]] = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_the_scale_is_that_of_the_mean_weight(case: tuple[Loss, float, float], dtype: torch.dtype):
     loss, num_terms, sum_of_weights = case
-    found, squares = empirical_factor(loss, dtype)
+    try:
+        found, squares = empirical_factor(loss, dtype)
+    except RuntimeError as error:
+        if "mse_cpu" not in str(error):
+            raise
+        pytest.skip("before PyTorch 2.6 there is no mse_loss of bfloat16 on a CPU")
     expected = num_terms / sum_of_weights * squares.double()
     assert_equal(found.double(), expected, 1e-10 if dtype == torch.float64 else 0.02)

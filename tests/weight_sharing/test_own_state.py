@@ -305,10 +305,10 @@ def test_a_distributed_checkpoint(tmp_path: Any) -> None:
     import torch.distributed.checkpoint as dcp
 
     maker, alone = trained(), trained()
-    dcp.save({"maker": maker.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"maker": maker.state_dict()}, checkpoint_id=tmp_path)
     other = trained()
     make_step(other, 5)
     state = {"maker": other.state_dict()}
-    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path)
     other.load_state_dict(state["maker"])
     assert_same(make_step(other, 1), make_step(alone, 1))
