@@ -6,6 +6,7 @@ import datetime
 import faulthandler
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,28 @@ def on_ranks(world_size: int, folder: Path, function: Callable[..., Any], *args:
     """What ``function(rank, world_size, *args)`` returns on each of so many ranks.
 
     It has to be importable, and what it returns made of numbers, strings, arrays and containers.
+
+    A rank that is ended by a signal is no answer, neither of right nor of wrong numbers, so all
+    ranks start once more, with a warning that shows where each was. If that happens again, it is
+    an error. What Python raises on a rank is raised here at once.
     """
+    try:
+        return _once(world_size, folder, function, args)
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, mp.ProcessExitedException):
+            raise
+        warnings.warn(f"Ranks crashed and start again: {error}", stacklevel=2)
+        again = folder / "again"
+        again.mkdir()
+        return _once(world_size, again, function, args)
+
+
+def _once(world_size: int, folder: Path, function: Callable[..., Any], args: Any) -> list[Any]:
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         try:
             mp.spawn(_worker, (world_size, str(folder), function, args, results), nprocs=world_size)
-        except mp.ProcessExitedException as error:  # a crash; what Python raises says it all
+        except mp.ProcessExitedException as error:
             left = [f"{f.stem}:\n{f.read_text()}" for f in sorted(folder.glob("rank-*.txt"))]
             done = f"Ranks with results: {sorted(results.keys())}."
             raise RuntimeError("\n".join([str(error), done, *left])) from error
