@@ -4,7 +4,9 @@ Where a mask is missing, padding counts in the factors A, and nothing else shows
 right. The labels show it where positions have labels, as those of padding are left out. A label
 that is left out is no proof, though: the tokens of a prompt have none, and later ones attend to
 them. What makes padding of it is that no layer's output there has a gradient, in the shape that
-padding has: at the end or at the start of examples, and not of all alike.
+padding has: at the end or at the start of examples, and not of all alike. Where examples have one
+label each, as those of a classifier, an argument of the model that is false at just such positions
+takes the labels' place.
 """
 
 from __future__ import annotations
@@ -58,28 +60,71 @@ class ForgottenPadding:
         self._batches += 1
         self._is_done = self._batches >= _MOST_BATCHES
         unlabelled = _unlabelled(captured.logits, reading, count)
-        if not unlabelled:
-            return
-        length = unlabelled[0].shape[1]
-        calls = _calls_of_length(layers, captured, arranged, length)
-        if len(calls) < _FEWEST_LAYERS:
-            return
+        if unlabelled:
+            self._look_at(unlabelled, layers, captured, arranged, evidence, is_by_label=True)
+        elif num_rows(captured.logits) == count.num_examples:
+            masked_out = _masked_out(captured.inputs, count.num_examples)
+            self._look_at(masked_out, layers, captured, arranged, evidence, is_by_label=False)
+
+    def _look_at(
+        self,
+        candidates: Sequence[Tensor],
+        layers: Sequence[Layer],
+        captured: Captured,
+        arranged: Mapping[nn.Module, Arranged],
+        evidence: Mapping[tuple[nn.Module, int], Touched],
+        is_by_label: bool,
+    ) -> None:
+        """Warn of the first of these positions ``(N, R)`` that are padding."""
         rows = {key: touched.by_any for key, touched in evidence.items()}
-        if not rows:
-            self._passes += 1
-            self._is_done = self._is_done or self._passes >= _MOST_PASSES
-            rows = touched_by_loss(layers, captured, [(key, how) for key, _, how in calls])
-        seen = [_seen(how, rows[key], length) for key, _, how in calls if key in rows]
-        if len(seen) < _FEWEST_LAYERS:
-            return
-        for is_unlabelled in unlabelled:
-            padding = _padding(is_unlabelled, torch.stack(seen))
-            # The last token of a text has no next one to predict, and is none of its padding.
-            for found in (padding, _behind_the_first(padding)):
-                if bool(found.any()) and not _are_tokens(captured.inputs, found):
-                    self._is_done = True
-                    _warn_of(int(found.sum()), found.numel(), calls[0][1])
-                    return
+        for candidate in candidates:
+            length = candidate.shape[1]
+            calls = _calls_of_length(layers, captured, arranged, length)
+            if len(calls) < _FEWEST_LAYERS:
+                continue
+            if not rows and self._passes < _MOST_PASSES:
+                self._passes += 1
+                self._is_done |= self._passes >= _MOST_PASSES
+                rows = touched_by_loss(layers, captured, [(key, how) for key, _, how in calls])
+            seen = [_seen(how, rows[key], length) for key, _, how in calls if key in rows]
+            if len(seen) < _FEWEST_LAYERS:
+                continue
+            find = _padding_by_label if is_by_label else _padding_by_argument
+            found = find(candidate, torch.stack(seen), captured.inputs)
+            if found:
+                self._is_done = True
+                _warn_of(found, candidate.numel(), calls[0][1], is_by_label)
+                return
+
+
+def _padding_by_label(unlabelled: Tensor, seen: Tensor, inputs: object) -> int:
+    """How many of the positions without a label are padding."""
+    padding = _padding(unlabelled, seen)
+    # The last token of a text has no next one to predict, and is none of its padding.
+    for found in (padding, _behind_the_first(padding)):
+        if bool(found.any()) and not _are_tokens(inputs, found):
+            return int(found.sum())
+    return 0
+
+
+def _padding_by_argument(masked_out: Tensor, seen: Tensor, _: object) -> int:
+    """How many positions are padding if an argument says so of these: all of them, or none."""
+    found = _padding(masked_out, seen)
+    return int(found.sum()) if not bool((masked_out & seen.any(0)).any()) else 0
+
+
+def _masked_out(inputs: object, num_examples: int) -> list[Tensor]:
+    """The positions ``(N, R)`` that each argument which may be a mask leaves out."""
+    found = []
+    for x in tensors_in(inputs):
+        if x.ndim != 2 or len(x) != num_examples or x.shape[1] < 2:
+            continue
+        real = x != 0
+        if bool((real.to(x.dtype) == x).all()) and not bool(real.all()):
+            found.append(~real)
+            if x.dtype == torch.bool:
+                found.append(real)  # True may also say that it is padding
+    return found
 
 
 def _unlabelled(logits: Tensor, reading: Reading, count: Count) -> list[Tensor]:
@@ -190,10 +235,11 @@ def _are_tokens(inputs: object, padding: Tensor) -> bool:
     return False
 
 
-def _warn_of(num_positions: int, num_all: int, name: str) -> None:
+def _warn_of(num_positions: int, num_all: int, name: str, is_by_label: bool) -> None:
+    reason = "they have no label" if is_by_label else "an argument of the model leaves them out"
     warn(
         f"The loss depends on {num_positions} of the batch's {num_all} positions at no layer (the "
-        f"first is '{name}'), and they have no label: they are padding, or of no more use than "
+        f"first is '{name}'), and {reason}: they are padding, or of no more use than "
         "that, but count in the factors A, since no mask says so. Say it with attach_padding(model,"
         " 'attention_mask'), by the name of the model's argument, or with padding(model, mask) "
         "around the step, True for a real token."

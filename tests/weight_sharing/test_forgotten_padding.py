@@ -357,3 +357,84 @@ def test_the_graph_is_asked_a_few_times_at_most(monkeypatch: pytest.MonkeyPatch)
         labels[torch.arange(R) < torch.tensor([1, 2, 3, 4]).unsqueeze(1)] = -100
         step(maker, token_loss, labels, x)
     assert len(asked) == 3
+
+
+# ------------------------------------------------------ one label for each example, and an argument
+
+
+class Classifier(Tokens):
+    """The mean of the real tokens, which are the only ones that tokens attend to."""
+
+    def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        return (logits * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)
+
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "integers": lambda tokens: (tokens != 0).long(),
+    "booleans": lambda tokens: tokens != 0,
+    "numbers": lambda tokens: (tokens != 0).double(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("in_front", [False, True])
+def test_of_a_classifier_whose_argument_says_so(kind: Callable[[Tensor], Tensor], in_front: bool):
+    tokens, y = tokens_of(LENGTHS, in_front=in_front), torch.randint(C, (N,))
+    with pytest.warns(UserWarning, match=rf"8 of the batch's 24 .*leaves them out.*{WARNING}"):
+        fisher(Classifier(), "reduce", F.cross_entropy, y, tokens, kind(tokens))
+
+
+def test_of_a_classifier_whose_argument_is_true_where_padding_is():
+    class Inverted(Classifier):
+        def forward(self, tokens: Tensor, is_padding: Tensor) -> Tensor:
+            return super().forward(tokens, ~is_padding)
+
+    tokens, y = tokens_of(LENGTHS), torch.randint(C, (N,))
+    with pytest.warns(UserWarning, match=WARNING):
+        fisher(Inverted(), "reduce", F.cross_entropy, y, tokens, tokens == 0)
+    model = Inverted()
+    attach_padding(model, "is_padding")
+    fisher(model, "reduce", F.cross_entropy, y, tokens, tokens == 0)
+
+
+def test_of_hugging_faces_bert_without_attach_padding():
+    from asdl_ws_plugin import mend_torchvision
+
+    mend_torchvision()
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=V, intermediate_size=8, max_position_embeddings=R, **sizes)
+    model = BertForSequenceClassification(config).eval()
+    tokens, y = tokens_of(LENGTHS), torch.randint(2, (N,))
+
+    def run() -> None:
+        maker = kfac(model, "reduce", fisher_type="fisher_emp")
+        inputs = {"input_ids": tokens, "attention_mask": (tokens != 0).long()}
+        output = maker.setup_model_call(model, **inputs)
+        maker.setup_loss_call(F.cross_entropy, output.logits, y)
+        maker.forward_and_backward()
+
+    with pytest.warns(UserWarning, match=WARNING):
+        run()
+    attach_padding(model, "attention_mask")
+    run()
+
+
+def test_not_of_an_argument_that_is_no_mask():
+    """Zeros and ones beside tokens, all of which the loss depends on; or the mask of a part."""
+    tokens, y = tokens_of([R] * N), torch.randint(C, (N,))
+
+    class Flags(Classifier):
+        def forward(self, tokens: Tensor, flags: Tensor) -> Tensor:
+            return super().forward(tokens, torch.ones_like(flags) + flags)
+
+    fisher(Flags(), "reduce", F.cross_entropy, y, tokens, torch.randint(2, (N, R)))
+
+    class Twice(Classifier):
+        def forward(self, tokens: Tensor, real: Tensor) -> Tensor:
+            return super().forward(tokens, real) + Tokens.forward(self, tokens).mean(1)
+
+    real = torch.arange(R) < torch.tensor(LENGTHS).unsqueeze(1)
+    fisher(Twice(), "reduce", F.cross_entropy, y, tokens, real)
