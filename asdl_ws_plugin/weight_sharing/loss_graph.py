@@ -230,7 +230,7 @@ def _met(start: Tensor, stops: set[Node | None]) -> set[Node | None]:
 
 
 def _is_plainly_linear(start: Tensor, stops: set[Node | None]) -> bool:
-    """Whether the names of the operations say that a tensor is linear in those that it is made of."""
+    """Whether the operations' names say that a tensor is linear in those that it is made of."""
     stack, seen = [node_of(start)], set()
     while stack:
         node = stack.pop()
