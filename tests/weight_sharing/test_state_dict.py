@@ -4,6 +4,7 @@ been.
 
 import copy
 import io
+from typing import Any
 
 import asdl
 import pytest
