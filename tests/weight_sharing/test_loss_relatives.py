@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from asdl.fisher import FisherConfig
+from asdl.fisher import FisherConfig, get_fisher_maker
 from oracles.autograd import assert_equal, run_fisher
 from torch import Tensor, nn
 
@@ -267,3 +267,62 @@ def test_the_empirical_fisher_of_weighted_squares_is_that_of_squares_weighted_by
     model, logits, y = factor(loss, "fisher_emp")
     gradient = torch.func.grad(loss)(logits, y)
     assert_equal(model[0].fisher.kron.B, BITS.sum() * gradient.mT @ gradient)
+
+
+# --------------------------------------------- a tied embedding, smoothed labels, positions left out
+
+
+class TiedLanguageModel(nn.Module):
+    """The head has the embedding's weight, and is left out; the layer between has curvature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(C, D), nn.Linear(D, D)
+        self.head = nn.Linear(D, C)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.layer(self.embed(ids))))
+
+
+def smoothed(z: Tensor, t: Tensor) -> Tensor:
+    return ce(z.flatten(0, 1), t.flatten(), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("fisher_type", ["fisher_exact", "fisher_emp", "fisher_mc"])
+def test_a_tied_embedding_with_smoothed_labels_and_ignored_positions(fisher_type: str):
+    model, ids = TiedLanguageModel(), torch.randint(C, (3, 4))
+    t = torch.randint(C, (3, 4))
+    t[0, :3], t[2, 1] = -100, -100
+    config: Any = FisherConfig(fisher_type, ["kron"], shared_dim="expand")
+    maker = get_fisher_maker(model, config)
+    maker.setup_loss_call(smoothed, maker.setup_model_call(model, ids), t)
+    draws = []
+    for _ in range(60 if fisher_type == "fisher_mc" else 1):
+        maker.forward_and_backward()
+        draws.append(model.layer.fisher.kron.B)
+    assert not hasattr(model.head, "fisher") and not hasattr(model.embed, "fisher")
+
+    def loss_of(outputs: Tensor) -> Tensor:
+        return smoothed(model.head(torch.tanh(outputs)), t)
+
+    inputs = model.embed(ids).detach()
+    outputs = model.layer(inputs).detach()
+    if fisher_type == "fisher_emp":  # a term for each of the eight labelled positions
+        gradient = torch.func.grad(loss_of)(outputs).flatten(0, 1)
+        expected = 8 * gradient.mT @ gradient
+    else:
+        logits = model.head(torch.tanh(outputs)).detach()
+        hessian = torch.func.hessian(smoothed)(logits, t)
+        J = model.head.weight * (1 - torch.tanh(outputs) ** 2).unsqueeze(-2)
+        parts = [J[n, r].mT @ hessian[n, r, :, n, r] @ J[n, r] for n in range(3) for r in range(4)]
+        expected = torch.stack(parts).sum(0)
+    expected, found = expected.detach(), torch.stack(draws)
+    if fisher_type == "fisher_mc":
+        error = found.std(0) / len(draws) ** 0.5
+        assert error.norm() < 0.25 * expected.norm(), "too few samples to tell"
+        assert ((found.mean(0) - expected).abs() <= 5 * error).all()
+    else:
+        assert_equal(found[0], expected)
+    kept = inputs.flatten(0, 1)
+    assert_equal(model.layer.fisher.kron.A, kept.mT @ kept / len(kept))
