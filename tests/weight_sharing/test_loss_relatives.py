@@ -269,7 +269,7 @@ def test_the_empirical_fisher_of_weighted_squares_is_that_of_squares_weighted_by
     assert_equal(model[0].fisher.kron.B, BITS.sum() * gradient.mT @ gradient)
 
 
-# --------------------------------------------- a tied embedding, smoothed labels, positions left out
+# -------------------------------------------- a tied embedding, smoothed labels, positions left out
 
 
 class TiedLanguageModel(nn.Module):
