@@ -22,6 +22,7 @@ from .errors import LayerError
 from .evidence import Touched, checked_by_graph
 from .layout import Finding, find_layout, find_role
 from .operations import EXPAND
+from .owners import by_index
 from .padded import dense_coat, masked
 from .plan import Plan
 from .positions import GRAPH, Positions, WeightSharingLinear
@@ -140,6 +141,9 @@ def _arrange_call(
     said = count.positions.get(module)
     if said is not None and said.roles and not _has_mask(how, said):
         return _arrange_rows(plan, layer, call, how, said, touched)
+    chosen = by_index(layer.name, call, how, count, plan.layouts)
+    if chosen is not None:
+        return chosen
     _check_rows_are_known(layer, module, sizes, said, n)
     # Images are batch first, of whatever height.
     if not (how.channel_dims and sizes[0] % n == 0):

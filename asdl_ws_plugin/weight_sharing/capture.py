@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from .chosen import Chosen, chosen_rows
 from .errors import LayerRuntimeError, LayerTypeError
 from .lineage import Lineage, tracing
 from .torch_private import base_of, eagerly, remove_forward_hooks, version_of
@@ -47,6 +48,7 @@ class Call:
     ``module`` is the one of the layer's modules that was called: modules of one weight may differ
     in all else. ``index`` is the number of the call among the layer's in this forward pass, and
     ``from_input`` says whether its input depends on the model's; ``None`` where that is not known.
+    ``chosen`` is what an index made its rows of, if one did.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class Call:
     version: int
     index: int = 0
     from_input: bool | None = None
+    chosen: Chosen | None = None
 
     def unmodified_input(self, name: str) -> Tensor:
         """The layer's input. Raises a RuntimeError if it was modified in place after the call."""
@@ -318,6 +321,7 @@ def _recorder(
             version_of(in_data),
             len(calls),
             None if record.lineage is None else record.lineage.from_input(in_data),
+            chosen_rows(in_data),
         )
         calls.append(call)
 

@@ -11,7 +11,9 @@ from .errors import LayerError
 from .layout import Finding, LayoutBook, examples_first, fits
 from .rules import LAYOUTS
 
-__all__ = ["Touched", "checked_by_graph"]
+__all__ = ["Key", "Touched", "checked_by_graph"]
+
+Key = tuple[nn.Module, int]  # a layer's module, and the number of its call
 
 
 @dataclass(frozen=True)

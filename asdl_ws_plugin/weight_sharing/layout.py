@@ -115,6 +115,8 @@ class LayoutBook:
     Attributes:
         rule, declared, settled: module -> layout.
         roles: (module, number of the call) -> the role of its rows.
+        chosen: (module, number of the call) -> the layout of what an index chose its rows from;
+            ``None``: the index is of something else, and sizes decide.
         without_batch: the calls (layer's module, number) whose input is no batch.
         masks: (module, number of the call) -> which padding mask is its, if its length does not say
             it; ``None``: nothing is padding.
@@ -129,6 +131,7 @@ class LayoutBook:
         self.declared: dict[nn.Module, str] = {}
         self.settled: dict[nn.Module, str] = {}
         self.roles: dict[tuple[nn.Module, int], str] = {}
+        self.chosen: dict[tuple[nn.Module, int], str | None] = {}
         self.without_batch: set[tuple[nn.Module, int]] = set()
         self.masks: dict[tuple[nn.Module, int], MaskOf | None] = {}
         self.looked_at: set[str] = set()
@@ -187,9 +190,10 @@ class LayoutBook:
         """A function that takes back what was settled after now."""
         settled, roles, masks = dict(self.settled), dict(self.roles), dict(self.masks)
         without_batch, probes = set(self.without_batch), (self.is_probed, self.num_probes)
-        looked_at = set(self.looked_at)
+        looked_at, chosen = set(self.looked_at), dict(self.chosen)
 
         def restore() -> None:
+            self.chosen = chosen
             self.settled, self.roles, self.masks = settled, roles, masks
             self.without_batch, self.looked_at = without_batch, looked_at
             self.is_probed, self.num_probes = probes

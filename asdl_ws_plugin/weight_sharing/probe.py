@@ -16,14 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .arrange import frame
 from .arrangement import Arrangement
 from .capture import Call, Captured, Layer, last_nodes
 from .count import Count, count_examples
-from .evidence import Touched
+from .evidence import Key, Touched
 from .layout import fits
+from .owners import learn_owners, open_calls
 from .plan import Plan
 from .rules import BATCH_FIRST, LAYOUTS
 from .send_back import send_back
@@ -31,8 +32,6 @@ from .send_back import send_back
 __all__ = ["counted", "probe", "touched_by_loss"]
 
 _MOST_PROBES = 3  # a model's head may be initialised with zeros, through which nothing is seen
-
-Key = tuple[nn.Module, int]
 
 
 def probe(
@@ -97,15 +96,17 @@ def counted(
     book = plan.layouts
     count = count_examples(list(layers), book, captured)
     guesses = _padded_guesses(count)
-    if (book.is_probed and guesses <= book.looked_at) or count.num_examples == 1:
-        return count, {}
     n = count.num_examples
+    is_known = book.is_probed and guesses <= book.looked_at
+    if n == 1 or (is_known and not open_calls(captured.record, book, n)):
+        return count, {}
     evidence = probe(plan, layers, captured, None, n)
     layout = _layout_of_logits(captured.logits, evidence, n)
     if layout is not None:
         evidence = probe(plan, layers, captured, layout, n)
     count = _checked_count(plan, layers, captured, evidence, count)
     book.without_batch |= _without_batch(plan, layers, captured, evidence, count.num_examples)
+    learn_owners(captured.record, evidence, book, count.num_examples)
     book.looked_at |= guesses if evidence else set()
     book.num_probes += 1
     is_open = not evidence or any(touched.is_empty for touched in evidence.values())

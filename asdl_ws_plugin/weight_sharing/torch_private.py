@@ -31,6 +31,7 @@ __all__ = [
     "has_global_hooks",
     "has_own_hooks",
     "has_plain_forward",
+    "index_of",
     "is_batched_attention",
     "is_called_by_grad_scaler",
     "is_sharded_by_fsdp1",
@@ -51,6 +52,24 @@ foreach_norm = torch._foreach_norm
 
 # The class of all batch normalization; the public ones have no base class but this.
 AnyBatchNorm = _BatchNorm
+
+
+def index_of(node: Any) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]] | None:
+    """The indices that a function of the autograd graph applied, ``None`` for a whole dimension,
+    and the sizes of what it applied them to; ``None`` if it is no such function, or its graph was
+    let go of.
+    """
+    try:
+        if node.name() == "IndexBackward0":
+            indices, sizes = tuple(node._saved_indices), node._saved_self_sym_sizes
+        elif node.name() == "IndexSelectBackward0":
+            dim = node._saved_dim % len(node._saved_self_sym_sizes)
+            indices, sizes = (*[None] * dim, node._saved_index), node._saved_self_sym_sizes
+        else:
+            return None
+    except RuntimeError:
+        return None
+    return indices, tuple(int(size) for size in sizes)
 
 
 def version_of(tensor: Tensor) -> int:

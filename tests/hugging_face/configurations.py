@@ -277,7 +277,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         {
             **_GROUPED,
             "num_local_experts": 3,
-            "num_experts_per_tok": 1,
+            "num_experts_per_tok": 2,
             "experts_implementation": "eager",
         },
     ),

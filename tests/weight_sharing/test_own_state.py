@@ -299,7 +299,9 @@ def test_its_own_state_is_not(shape: str, ema_decay: float) -> None:
     assert_same(two_steps(True), two_steps(False))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed is (disabled|unavailable)", "ignore:TypedStorage is deprecated"
+)
 def test_a_distributed_checkpoint(tmp_path: Any) -> None:
     """``torch.distributed.checkpoint`` takes the state apart and puts it together."""
     import torch.distributed.checkpoint as dcp
