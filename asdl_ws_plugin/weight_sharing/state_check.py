@@ -190,12 +190,13 @@ def _check_blocks(maker: Any, name: str, layer: Layer | None, entry: dict[str, A
         for key in (part, f"{part}_inv"):
             found = tuple(entry[key].shape) if key in entry else wanted
             if found != wanted:
-                raise ValueError(
-                    f"Layer '{name}': the state has {key} as {_blocks(found)}, but with "
-                    f"max_side={max_side} it is {_blocks(wanted)}. The state was saved with "
-                    "another max_side, or by a version of the package that has other blocks. Give "
-                    "the max_side that it was saved with, or do not load this state: without it, "
-                    "the curvature is estimated anew from the next step on."
+                raise LayerError(
+                    name,
+                    f"the state has {key} as {_blocks(found)}, but with max_side={max_side} it is "
+                    f"{_blocks(wanted)}. The state was saved with another max_side, or by a "
+                    "version of the package that has other blocks",
+                    "Give the max_side that it was saved with, or do not load this state: without "
+                    "it, the curvature is estimated anew from the next step on.",
                 )
 
 
