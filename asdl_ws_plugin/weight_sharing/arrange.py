@@ -148,7 +148,8 @@ def _arrange_call(
     # Images are batch first, of whatever height.
     if not (how.channel_dims and sizes[0] % n == 0):
         finding = find_layout(layer.name, module, sizes, n, plan.layouts)
-        needs_examples = plan.strategy_of(layer) != EXPAND
+        is_padded = said is not None and bool(said.masks)
+        needs_examples = is_padded or plan.strategy_of(layer) != EXPAND
         finding = checked_by_graph(
             layer.name, module, finding, sizes, n, touched, plan.layouts, needs_examples
         )

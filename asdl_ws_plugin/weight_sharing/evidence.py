@@ -38,6 +38,11 @@ class Touched:
         return bool((self.by_first & self.by_last).any())
 
     @property
+    def has_owners(self) -> bool:
+        """Whether each row that the loss depends on reaches one example's logits alone."""
+        return self.owner is not None and bool((self.owner[self.by_any] >= 0).all())
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is known, as behind a zero-initialised head."""
         return not bool(self.by_first.any() and self.by_last.any())
@@ -83,7 +88,8 @@ def checked_by_graph(
     """What sizes said of a layout, checked against what was touched.
 
     Args:
-        needs_examples: it matters which rows are one example's, as it does not for expand.
+        needs_examples: it matters which rows are one example's, as it does not for expand where
+            nothing is padding.
 
     Raises a LayerError for rows that are not of examples in any layout.
     """
@@ -101,6 +107,8 @@ def checked_by_graph(
         return replace(finding, layout=agreeing[0], settles=True, is_assumed=False, is_merged=False)
     if needs_examples and all(touched.contradicts(layout, num_examples) for layout in fitting):
         raise _of_no_layout(name, sizes, num_examples)
+    if len(sizes) > 1 and not needs_examples and touched.has_owners:
+        return finding  # in whatever order
     if touched.is_empty or num_examples in sizes[:2]:
         return finding  # examples mix with some others
     raise _of_no_order(name, sizes, num_examples)

@@ -172,8 +172,11 @@ def _checked_count(
             for sizes, touched in tensors
         )
 
-    if tensors and not fits_all(count.num_examples) and fits_all(logits.shape[1]):
-        return Count(logits.shape[1])
+    # Rows that are each of one example hold N examples, if in an order that no layout has.
+    owned = [touched for _, touched in tensors if touched.owner is not None]
+    has_owners = bool(owned) and all(touched.has_owners for touched in owned)
+    if tensors and not has_owners and not fits_all(count.num_examples):
+        return Count(logits.shape[1]) if fits_all(logits.shape[1]) else count
     return count
 
 
@@ -279,6 +282,7 @@ def _of_rows(
 # ------------------------------------------------------------------------------------------- owners
 
 _PROJECTIONS = 4  # of a row's gradient; a row of several examples is in proportion in none
+_FEWEST_FEATURES = 3
 _TOLERANCE = 0.02
 
 
@@ -301,7 +305,11 @@ def _owners(
     cotangent = _noise(logits)
     plain = _of_rows(logits, cotangent, calls, _projected)
     weighted = _of_rows(logits, cotangent * weights, calls, _projected)
-    return {key: _owner(plain[key], weighted[key], num_examples) for key in plain}
+    return {
+        key: _owner(plain[key], weighted[key], num_examples)
+        for key in plain
+        if plain[key].shape[-1]
+    }
 
 
 def _batch_dim(logits: Tensor, num_examples: int | None, layout: str | None) -> int | None:
@@ -313,10 +321,12 @@ def _batch_dim(logits: Tensor, num_examples: int | None, layout: str | None) -> 
 
 
 def _projected(rows: Tensor) -> Tensor:
-    """``(*sizes, P)`` to as many numbers of each row as there are projections."""
+    """``(*sizes, P)`` to as many numbers of each row as there are projections; to none where there
+    are too few features to be certain.
+    """
     size = rows.shape[-1]
-    if size < _PROJECTIONS:
-        return rows.new_zeros(*rows.shape[:-1], _PROJECTIONS)  # too few to be certain
+    if size < _FEWEST_FEATURES:
+        return rows[..., :0]
     angles = torch.arange(1, size * _PROJECTIONS + 1, device=rows.device, dtype=torch.float64)
     return rows @ angles.sin().to(rows.dtype).view(size, _PROJECTIONS)
 

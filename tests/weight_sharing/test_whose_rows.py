@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles.by_example import assert_factors, empirical_factors, fisher, kfac, step
+from oracles.every_layer import every_layers_factors, worst_layer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -743,3 +744,44 @@ def test_dense_rows_are_padded_only_if_the_loss_says_so(shared_dim: str, heads: 
         A = x.T @ x / 6
     assert torch.allclose(model.layer.fisher.kron.A, A, rtol=1e-10)
     assert torch.allclose(model.layer.fisher.kron.B, B, rtol=1e-10)
+
+
+# -------------------------------------------------------------------- rows in an order of their own
+
+
+class HeadsOutermost(nn.Module):
+    """A layer of each head: ``(heads·N, R, D/heads)``, in neither of the two layouts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.of_heads, self.head = nn.Linear(D, 8), nn.Linear(4, 4), nn.Linear(8, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x)).unflatten(-1, (2, 4)).permute(2, 0, 1, 3)
+        h = torch.tanh(self.of_heads(h.flatten(0, 1))).view(h.shape)
+        return self.head(h.permute(1, 2, 0, 3).flatten(2))
+
+
+@pytest.mark.parametrize("n", [N, 6, 3])
+def test_heads_outermost_are_right_for_expand_and_refused_for_reduce(n: int):
+    """R is no number of examples, though all layers would fit if R examples lay in the second
+    dimension.
+    """
+    model, x, y = HeadsOutermost(), torch.randn(n, R, D), torch.randint(C, (n, R))
+    maker = fisher(model, "expand", token_ce, y, x)
+    layers = {layer.name: layer.modules for layer in maker.plan.layers}
+
+    def summed_loss(i: int) -> Tensor:
+        return R * token_ce(model(x[i : i + 1]), y[i : i + 1])
+
+    expected = every_layers_factors(layers, summed_loss, n)
+    seen = {name: modules[0] for name, modules in layers.items()}
+    error, where = worst_layer(seen, expected, "expand", 1 / R)
+    assert error < 1e-12, where
+    with pytest.raises(ValueError, match=r"'of_heads'.*other examples.*ignore_modules"):
+        fisher(model, "reduce", token_ce, y, x)
+    fisher(model, "reduce", token_ce, y, x, ignore=["of_heads"])
+    expected.pop("of_heads")
+    del seen["of_heads"]
+    error, where = worst_layer(seen, expected, "reduce", 1 / R)
+    assert error < 1e-12, where
