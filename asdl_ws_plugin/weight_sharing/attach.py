@@ -21,6 +21,8 @@ from .torch_private import unwrapped
 __all__ = ["attach_padding", "attach_segments"]
 
 _AUTO = "auto"
+# What is added to attention's scores leaves a position out if it is at most that.
+_MASKED = -1e4
 _ATTACHED = "_weight_sharing_attached"  # the handles of what is attached to a model, by source
 
 
@@ -66,7 +68,9 @@ def attach_padding(
     Args:
         source: the name of an argument that holds it, where ``attention_mask`` is True (1) for real
             tokens, and any name that ends in ``key_padding_mask`` True for padding, as PyTorch has
-            it; or a function of the model's arguments that returns the mask of :func:`padding`.
+            it, where a mask that is added to scores is 0 for real tokens and -1e4 or less, or
+            -inf, for padding; or a function of the model's arguments that returns the mask of
+            :func:`padding`.
             ``'auto'``: whatever arguments look like masks or padded numbers of tokens, ``(N, R)``,
             also in tuples and dictionaries. Which of them is whose, the autograd graph of the first
             batch with padding tells: a layer's is the one that leaves out most of its positions,
@@ -79,7 +83,7 @@ def attach_padding(
 
     Raises:
         ValueError: ``forward`` has no argument of that name. When the model is called: none was
-            found.
+            found, or it has numbers that are neither 0 nor 1.
     """
     model = unwrapped(model)
     if isinstance(source, str) and source != _AUTO:
@@ -154,7 +158,17 @@ def _mask_argument(
             return None
         raise ValueError(f"attach_padding: the model was called without '{name}'.")
     if mask.is_floating_point():
-        return mask.isneginf().logical_not() if is_of_padding else mask != 0
+        real = mask > _MASKED if is_of_padding else mask != 0
+        if bool(((mask == 0) | ~real if is_of_padding else (mask == 0) | (mask == 1)).all()):
+            return real
+        # Where what is added to scores is 0, a token is real; where a weight is 0, it is not.
+        known = f"0 and {_MASKED:g} or less" if is_of_padding else "0 and 1"
+        raise ValueError(
+            f"attach_padding: the numbers in '{name}' are others than {known}, so which of them "
+            "are of padding is not known. Give a function of the model's arguments that returns "
+            f"the mask, True for real tokens, as lambda *args, {name}, **kwargs: {name} == 0 for a "
+            "mask that is added to attention's scores."
+        )
     return ~mask.bool() if is_of_padding else mask.bool()
 
 

@@ -5,7 +5,6 @@ backward pass.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from torch.autograd.graph import Node
 from . import factors
 from .arrange import Arranged, arranged_input
 from .blocks import LinearBlock, input_group, lent_to, parameters_of
-from .capped import capped, identity, output_side
+from .capped import capped, identity, kernel_of, output_side
 from .capture import Call, Layer, Record, last_nodes
 from .errors import LayerError, LayerRuntimeError
 from .operations import ExpandFactors
@@ -243,7 +242,7 @@ class Batch:
             weight: Any = layer.module.weight
             B = identity(
                 weight.shape[0],
-                output_side(self.max_side, _kernel_of(layer.module)),
+                output_side(self.max_side, kernel_of(layer.module)),
                 device=weight.device,
                 dtype=factors.accumulation_dtype(weight.dtype),
             )
@@ -288,15 +287,10 @@ def _operation_of(layer: Layer, plan: Plan, model: nn.Module, fvp: bool) -> Oper
     operation.layer_name = layer.name
     if plan.max_side is not None and operation.splits:
         # The input features of a convolution are its kernels, channel by channel.
-        kernel = _kernel_of(layer.module)
+        kernel = kernel_of(layer.module)
         operation.cov_kron_A = capped(operation.cov_kron_A, plan.max_side, kernel)
         operation.cov_kron_B = capped(operation.cov_kron_B, output_side(plan.max_side, kernel))
     return operation
-
-
-def _kernel_of(module: nn.Module) -> int:
-    """How many entries a kernel has; of anything but a convolution 1."""
-    return math.prod(getattr(module, "kernel_size", ()))
 
 
 @contextlib.contextmanager

@@ -7,19 +7,22 @@ convolution the patches of neighbouring channels, whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from asdl import symmatrix
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "BlockDiagonalKron",
     "block_sizes",
     "capped",
+    "factor_sizes",
     "identity",
+    "kernel_of",
     "multiply",
     "multiply_right",
     "output_side",
@@ -56,6 +59,25 @@ def output_side(max_side: int | None, kernel: int) -> int | None:
     than one entry.
     """
     return min(max_side, _OUTPUTS_SIDE) if max_side is not None and kernel > 1 else max_side
+
+
+def kernel_of(module: nn.Module) -> int:
+    """How many entries a kernel has; of anything but a convolution 1."""
+    return math.prod(getattr(module, "kernel_size", ()))
+
+
+def factor_sizes(module: nn.Module, max_side: int | None) -> dict[str, tuple[int, ...]]:
+    """The sizes of the tensors that A and B of a layer are: ``(P, P)``, or those of its blocks."""
+    weight: Any = module.weight
+    kernel = kernel_of(module)
+    blocks = {
+        "kron.A": block_sizes(weight[0].numel(), max_side, kernel),
+        "kron.B": block_sizes(weight.shape[0], output_side(max_side, kernel)),
+    }
+    return {
+        key: (size, size) if count == 1 else (count, size, size)
+        for key, (count, size) in blocks.items()
+    }
 
 
 def capped(

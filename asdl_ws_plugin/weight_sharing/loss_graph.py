@@ -38,6 +38,27 @@ _LOCAL = (
     "Unsqueeze",
     "View",
 )
+# Operations that are linear in all of their inputs together; in the name of autograd's node.
+_LINEAR = (
+    "Add",
+    "Alias",
+    "Cat",
+    "Clone",
+    "Expand",
+    "Index",
+    "Mean",
+    "Neg",
+    "Reshape",
+    "Select",
+    "Slice",
+    "Squeeze",
+    "Stack",
+    "Sub",
+    "Sum",
+    "ToCopy",
+    "Unsqueeze",
+    "View",
+)
 _LAST = (-1, 2**64 - 1)  # how autograd keeps a dimension of -1
 
 
@@ -78,6 +99,19 @@ class LossGraph:
                     self.of_logits.append(call)
                 else:
                     self.has_rest = True
+
+    def is_linear(self, calls: list[Observation]) -> bool:
+        """Whether the loss weighs the calls' terms with numbers that do not depend on the logits.
+
+        The focal loss of a cross-entropy does not, nor does the root of a mean: the weights' own
+        derivative is a part of the second derivative. Detached weights are numbers.
+        """
+        outputs = [call.output for call in calls if call.output is not self.loss]
+        if not outputs or _is_plainly_linear(self.loss, {node_of(out) for out in outputs}):
+            return True
+        with torch.enable_grad():
+            weights = torch.autograd.grad(self.loss, outputs, create_graph=True)
+        return not any(self._reaches(weight) for weight in weights)
 
     def is_all(self, calls: list[Observation]) -> bool:
         """Whether the calls' gradients with respect to the logits add up to that of the loss."""
@@ -193,6 +227,24 @@ def _met(start: Tensor, stops: set[Node | None]) -> set[Node | None]:
         else:
             stack += [other for other, _ in node.next_functions]
     return met
+
+
+def _is_plainly_linear(start: Tensor, stops: set[Node | None]) -> bool:
+    """Whether the operations' names say that a tensor is linear in those that it is made of."""
+    stack, seen = [node_of(start)], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node in stops:
+            continue
+        seen.add(node)
+        behind = [other for other, _ in node.next_functions]
+        is_scaled = node.name().startswith(("Mul", "Div")) and sum(map(bool, behind)) == 1
+        # A number divided by a tensor is not linear in it.
+        is_linear = is_scaled and not (node.name().startswith("Div") and behind[0] is None)
+        if not (is_linear or node.name().startswith(_LINEAR)):
+            return False
+        stack += behind
+    return True
 
 
 def _has_memory_of(x: Tensor, logits: Tensor) -> bool:

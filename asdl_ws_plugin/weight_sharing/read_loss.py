@@ -16,6 +16,8 @@ elements, mean       ``h_t``       ``elements / c``     ``rows / c``
 elements, sum        ``h_t``       ``1/c``              ``κ``
 elements, sum over   ``h_t/m``     ``1/(c m)``          rows that are left in
 the sum of weights
+squared errors that  ``h_t/m``     ``elements left/c``  rows left in ``/ c``
+have weights, mean
 elements, none       ``h_t c_t/m`` ``1/m``              ``κ``; rows, if a mean
 ===================  ============  ===================  =====================
 
@@ -30,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from asdl.grad_maker import LOSS_CROSS_ENTROPY
+from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
 from torch import Tensor
 
 from ._warn import warn
@@ -215,13 +217,17 @@ def _reduced(
     negative, outer = _any_negative(outer, weight), outer.abs()
     if observed.reduction == "none" and observed.output.ndim:
         return _elements_none(x, weight, outer, num_elements, negative)
-    if observed.reduction == "mean":
+    is_mean = observed.reduction == "mean"
+    # mse_loss divides by the sum of its weights, binary_cross_entropy_with_logits does not.
+    is_weighted = observed.loss_type == LOSS_MSE and observed.arguments.get("weight") is not None
+    if is_mean and not is_weighted:
         return LossTerms(x, -1, weight, num_rows / outer, num_elements / outer, negative)
-    if torch.isclose(outer * given.sum(), torch.ones_like(outer)):  # by the sum of the weights
+    share = outer if is_mean else outer * given.sum()  # of the mean over the weights
+    if is_mean or torch.isclose(share, torch.ones_like(outer)):
         mean = given.sum() / torch.count_nonzero(given)
         weight = None if weight is None else weight / mean
         kept = torch.count_nonzero(given.ne(0).any(-1))
-        return LossTerms(x, -1, weight, kept, 1 / (outer * mean), negative)
+        return LossTerms(x, -1, weight, kept / share, torch.count_nonzero(given) / share, negative)
     return LossTerms(x, -1, weight, 1 / outer, 1 / outer, negative)
 
 

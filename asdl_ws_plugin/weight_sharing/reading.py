@@ -11,6 +11,8 @@ found                                        curvature
 ===========================================  ====================================================
 one call, or several, and nothing else       theirs, the sum of their terms' (:mod:`~.read_loss`)
 something else, beside calls or alone        the positive part of the loss's own Hessians
+a call's terms with weights that depend on   the same
+the logits, as in a focal loss
 calls of other tensors than the logits       left out, unless it is the only call
 ===========================================  ====================================================
 """
@@ -143,7 +145,8 @@ def read_loss(
     calls = graph.of_logits or (graph.used if not graph.has_rest else [])
     _check_type(loss_type, calls)
     found = [(call.loss_type, observed_terms(loss, call, logits)) for call in calls]
-    if found and (not graph.has_rest or graph.is_all(calls)):
+    is_sum = bool(found) and (num_examples is None or graph.is_linear(calls))
+    if is_sum and (not graph.has_rest or graph.is_all(calls)):
         return _whole(found, loss, logits)
     scale = _assumed_scale(loss, found, logits, reduction, count, needs_scale)
     rows = logits.numel() // max(1, logits.shape[-1] if logits.ndim > 1 else 1)

@@ -20,6 +20,7 @@ from asdl.matrices import (
 from torch import Tensor, nn
 
 from .blocks import parameters_of
+from .capped import factor_sizes
 from .capture import Layer
 from .errors import LayerError
 from .state_dict import VERSION, check_sizes
@@ -128,6 +129,7 @@ def _check_curvature(
         _check_tensors(name, entry)
         check_sizes(name, modules[name], entry)
         _check_parts(maker, name, layers.get(name), entry)
+        _check_blocks(maker, name, layers.get(name), entry)
     known = {*curvature, *options["without_curvature"]}
     if missing := sorted(set(layers) - known):
         raise ValueError(f"The state has lost the curvature of {_listed(missing)}.")
@@ -177,6 +179,33 @@ def _check_parts(maker: Any, name: str, layer: Layer | None, entry: dict[str, An
                 f"{where}: the state has {key} of sizes {tuple(value.shape)}, but the parameters "
                 f"need {wanted[key]}."
             )
+
+
+def _check_blocks(maker: Any, name: str, layer: Layer | None, entry: dict[str, Any]) -> None:
+    """Whether wide factors are divided as this maker divides them."""
+    if layer is None or not (layer.shape == SHAPE_KRON and maker.plan.operation_of(layer).splits):
+        return
+    max_side = None if maker.training is None else maker.training.max_side
+    for part, wanted in factor_sizes(layer.module, max_side).items():
+        for key in (part, f"{part}_inv"):
+            found = tuple(entry[key].shape) if key in entry else wanted
+            if found != wanted:
+                raise LayerError(
+                    name,
+                    f"the state has {key} as {_blocks(found)}, but with max_side={max_side} it is "
+                    f"{_blocks(wanted)}. The state was saved with another max_side, or by a "
+                    "version of the package that has other blocks",
+                    "Give the max_side that it was saved with, or do not load this state: without "
+                    "it, the curvature is estimated anew from the next step on.",
+                )
+
+
+def _blocks(sizes: tuple[int, ...]) -> str:
+    if len(sizes) == 2:
+        return f"one matrix of {sizes[0]} rows"
+    return (
+        f"{sizes[0]} blocks of {sizes[1]} rows" if sizes[1] > 1 else f"{sizes[0]} diagonal entries"
+    )
 
 
 def _check_second_moments(maker: Any, training: dict[str, Any]) -> None:

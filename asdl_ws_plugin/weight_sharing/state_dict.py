@@ -222,11 +222,12 @@ def check_sizes(name: str, module: nn.Module, entry: dict[str, Any]) -> None:
 
 
 def _fits(factor: Tensor, side: int) -> bool:
-    """Whether a factor of a weight of this side may be of these sizes: whole, or in blocks."""
+    """Whether a factor of a weight of this side may be of these sizes: whole, or in blocks, the
+    last of which may be longer than what is left for it.
+    """
     if factor.ndim == 2:
         return factor.shape[-1] == side
-    count, size, _ = factor.shape
-    return size == -(-side // count)
+    return side <= factor.shape[0] * factor.shape[1] < 2 * side
 
 
 def state_of_maker(maker: Any, matrices: dict[nn.Module, SymMatrix]) -> dict[str, Any]:

@@ -4,13 +4,17 @@ been.
 
 import copy
 import io
+from typing import Any
 
+import asdl
 import pytest
 import torch
 import torch.nn.functional as F
 from asdl.symmatrix import SymMatrix
 from oracles.by_example import kfac
 from torch import nn
+
+import asdl_ws_plugin
 
 pytestmark = pytest.mark.usefixtures("double")
 N, R, D, C = 4, 5, 3, 2
@@ -270,3 +274,62 @@ def test_a_state_of_other_strategies_or_of_something_else_is_refused():
         makers[1].load_state_dict(makers[0].state_dict())
     with pytest.raises(ValueError, match="no 'step'"):
         makers[1].load_state_dict({})
+
+
+# ------------------------------------------------------------------ states with blocks of a factor
+
+
+def saved_with(max_side: int | None, **options: Any) -> tuple[nn.Module, Any]:
+    """A convolution whose channels no number of blocks divides, and a layer that is wide."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(10, 8, 3), nn.Flatten(), nn.Linear(32, 9), nn.Tanh(), nn.Linear(9, 3)
+    model = nn.Sequential(*layers)
+    config = asdl_ws_plugin.recommended(max_side=max_side, **options)
+    return model, asdl.KfacGradientMaker(model, config, "fisher_mc", shared_dim="expand")
+
+
+def one_step(model: nn.Module, maker: Any) -> list[torch.Tensor]:
+    x = torch.sin(torch.arange(6 * 160.0, dtype=torch.double)).view(6, 10, 4, 4)
+    model.zero_grad()
+    dummy = maker.setup_model_call(model, x)
+    maker.setup_loss_call(F.cross_entropy, dummy, torch.arange(6) % 3)
+    torch.manual_seed(1)  # of Monte-Carlo labels
+    maker.forward_and_backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("max_side", [None, 40, 20, 4])
+def test_blocks_of_whole_channels_are_resumed(max_side: int | None):
+    model, maker = saved_with(max_side)
+    one_step(model, maker)
+    resumed, other = saved_with(max_side)
+    other.load_state_dict(maker.state_dict())
+    found, want = one_step(resumed, other), one_step(model, maker)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("second_moment", [None, 0.95])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        (40, 20, "'0': .* kron.A as 3 blocks of 36 rows, .*max_side=20 it is 5 blocks of 18 rows"),
+        (None, 20, "'0': .* kron.A as one matrix of 90 rows, .* it is 5 blocks of 18 rows"),
+        (20, None, "'0': .* kron.A as 5 blocks of 18 rows, .*=None it is one matrix of 90 rows"),
+        (8, 7, "'0': .* kron.B as one matrix of 8 rows, .* it is 2 blocks of 4 rows"),
+        (1, 8, "'0': .* kron.B as 8 diagonal entries, but .* it is one matrix of 8 rows"),
+    ],
+)
+def test_a_state_with_other_blocks_is_refused_with_the_reason(
+    saved: int | None, loaded: int | None, message: str, second_moment: float | None
+):
+    model, maker = saved_with(saved, second_moment=second_moment)
+    one_step(model, maker)
+    resumed, other = saved_with(loaded, second_moment=second_moment)
+    with pytest.raises(ValueError, match=message) as error:
+        other.load_state_dict(maker.state_dict())
+    assert "do not load this state" in str(error.value)
+    fresh, its_maker = saved_with(loaded, second_moment=second_moment)
+    found, want = one_step(resumed, other), one_step(fresh, its_maker)  # the remedy
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    with pytest.raises(ValueError, match="estimated anew"):  # nor in the middle of a training
+        other.load_state_dict(maker.state_dict())

@@ -285,3 +285,69 @@ def test_the_plan_of_a_converted_graph_convolution_does_not_name_its_bias():
     model = asdl_ws_plugin.convert(Net())
     maker = asdl.KfacGradientMaker(model, asdl.PreconditioningConfig(), shared_dim="reduce")
     assert "conv.lin" in repr(maker.plan) and "left out" not in repr(maker.plan)
+
+
+# ------------------------------------------------------------------- masks as models are given them
+
+
+class Summed(nn.Module):
+    """Takes any mask and reads it as attention does: at ``real`` positions it is 0, or it is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(D, D), nn.Linear(D, C)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        given = mask if key_padding_mask is None else key_padding_mask
+        assert given is not None
+        is_added = given.is_floating_point() and bool((given < 0).any())
+        real = given == 0 if is_added or key_padding_mask is not None else given != 0
+        return self.head((torch.tanh(self.layer(x)) * real.unsqueeze(-1)).sum(1))
+
+
+ADDED = {
+    "-inf": torch.zeros(N, L).masked_fill(~MASK, -torch.inf),
+    "-1e9": torch.zeros(N, L).masked_fill(~MASK, -1e9),
+    "least float32": torch.zeros(N, L).masked_fill(~MASK, torch.finfo(torch.float32).min),
+    "least float16": torch.zeros(N, L, dtype=torch.half).masked_fill(~MASK, -65504),
+}
+
+
+def mean_of_tokens(model: nn.Module, source: Any, **mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A of the layer under expand, and what it has to be."""
+    x = torch.randn(N, L, D)
+    attach_padding(model, source)
+    fisher(model, "expand", F.cross_entropy, torch.arange(N) % C, x, data_size=N, **mask)
+    a = x[MASK]
+    return model.layer.fisher.kron.A, a.mT @ a / len(a)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        *(("mask", MASK.to(d)) for d in (torch.bool, torch.int8, torch.long, torch.half)),
+        ("mask", MASK.double()),
+        ("key_padding_mask", ~MASK),
+        ("key_padding_mask", (~MASK).long()),
+        *(("key_padding_mask", added) for added in ADDED.values()),
+    ],
+)
+def test_a_mask_by_its_argument_is_read_as_the_model_reads_it(name: str, mask: Tensor):
+    found, expected = mean_of_tokens(Summed(), name, **{name: mask})
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mask", ADDED.values(), ids=ADDED.keys())
+def test_a_mask_that_is_added_to_scores_is_no_mask_of_ones(mask: Tensor):
+    """It was read the wrong way: 0 for padding. The remedy of the refusal works."""
+    with pytest.raises(ValueError, match=r"'mask' are others than 0 and 1.*mask == 0"):
+        mean_of_tokens(Summed(), "mask", mask=mask)
+    found, expected = mean_of_tokens(Summed(), lambda *args, mask, **kwargs: mask == 0, mask=mask)
+    torch.testing.assert_close(found, expected)
+
+
+def test_biases_of_scores_are_no_padding():
+    with pytest.raises(ValueError, match=r"others than 0 and -10000 or less"):
+        mean_of_tokens(Summed(), "key_padding_mask", key_padding_mask=-0.5 * (~MASK).double())
