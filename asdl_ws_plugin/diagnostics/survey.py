@@ -127,7 +127,9 @@ class Survey:
                 if parameters_of(module) and not isinstance(module, torch.jit.ScriptModule):
                     handles.append(module.register_forward_pre_hook(self._count, with_kwargs=True))
             said = take_positions(model)
-            with recording(plan.layers, plan.check_call, self._refuse, said) as self.record:
+            with recording(
+                plan.layers, plan.check_call, self._refuse, said, time_major=plan.time_major
+            ) as self.record:
                 return model(*args, **kwargs)
         finally:
             for handle in handles:

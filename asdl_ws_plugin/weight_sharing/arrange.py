@@ -27,6 +27,7 @@ from .padded import dense_coat, masked
 from .plan import Plan
 from .positions import GRAPH, Positions, WeightSharingLinear
 from .ragged import Mask, Ragged, Segments
+from .rules import SEQUENCE_FIRST
 
 __all__ = ["Arranged", "arrange", "arrange_layer", "arranged_input", "frame"]
 
@@ -148,6 +149,8 @@ def _arrange_call(
     # Images are batch first, of whatever height.
     if not (how.channel_dims and sizes[0] % n == 0):
         finding = find_layout(layer.name, module, sizes, n, plan.layouts)
+        if finding.is_assumed and tuple(sizes) in count.time_major and sizes[0] != sizes[1]:
+            finding = replace(finding, layout=SEQUENCE_FIRST, is_assumed=False)
         is_padded = said is not None and bool(said.masks)
         needs_examples = is_padded or plan.strategy_of(layer) != EXPAND
         finding = checked_by_graph(

@@ -104,6 +104,7 @@ class Record:
         positions: what was said of the rows of each module, before the model ran and while it did.
         lineage: what depends on the model's arguments, if that is looked at.
         absent: the layers that were called, and have nothing to take part in the step with; why.
+        time_major: the sizes ``(R, N)`` of what recurrent modules were given that say so.
     """
 
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
@@ -111,6 +112,7 @@ class Record:
     positions: dict[nn.Module, Any] = field(default_factory=dict)
     lineage: Lineage | None = None
     absent: dict[nn.Module, str] = field(default_factory=dict)
+    time_major: list[tuple[int, ...]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ def recording(
     on_refusal: Callable[[Layer, Exception], None] | None = None,
     positions: Mapping[nn.Module, Any] | None = None,
     traced: nn.Module | None = None,
+    time_major: Sequence[nn.Module] = (),
 ) -> Iterator[Record]:
     """Record the calls of these layers while the context is open.
 
@@ -273,6 +276,7 @@ def recording(
         on_refusal: is handed the error of a call that cannot be recorded, instead of raising it.
         positions: what was said of the rows of modules before.
         traced: the model, if it is to be seen which inputs depend on its own.
+        time_major: the recurrent modules whose second dimension is the batch.
     """
     record = Record(positions=dict(positions or {}))
     handles = []
@@ -282,6 +286,9 @@ def recording(
                 hook = _recorder(record, layer, name, module, check, on_refusal)
                 # First of all hooks: the user's own may replace the output.
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        for module in time_major:
+            hook = _sizes_recorder(record)
+            handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         with contextlib.ExitStack() as stack:
             stack.enter_context(eagerly())
             if traced is not None:
@@ -293,6 +300,18 @@ def recording(
             _records.remove(record)
         for handle in handles:
             handle.remove()
+
+
+def _sizes_recorder(record: Record) -> Callable[..., None]:
+    """The hook of a recurrent module."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else kwargs.get("input")
+        if isinstance(x, Tensor) and x.ndim == 3:  # neither packed nor of a single example
+            record.time_major.append(tuple(x.shape[:2]))
+
+    setattr(hook, _MARK, True)
+    return hook
 
 
 def _recorder(

@@ -35,11 +35,13 @@ class Count:
         positions: what was said of the rows of a module, by module.
         is_guess: N is the first size of the model's first tensor, and nothing but that it divides
             the number of logits speaks for it.
+        time_major: the leading sizes ``(R, N)`` of what recurrent modules were given that say so.
     """
 
     num_examples: int
     positions: dict[nn.Module, Positions] = field(default_factory=dict)
     is_guess: bool = False
+    time_major: tuple[tuple[int, ...], ...] = ()
 
     @property
     def num_logits_of_examples(self) -> int:
@@ -83,6 +85,11 @@ def count_examples(layers: list[Layer], book: LayoutBook, captured: Captured) ->
 
     Raises a ValueError if the layers' segments are of different numbers of examples.
     """
+    count = _count(layers, book, captured)
+    return replace(count, time_major=tuple(captured.record.time_major))
+
+
+def _count(layers: list[Layer], book: LayoutBook, captured: Captured) -> Count:
     record, logits = captured.record, captured.logits
     positions = {
         module: record.positions[module]
@@ -122,8 +129,8 @@ def _counted_by_sizes(layers: list[Layer], book: LayoutBook, captured: Captured)
 def _declared_sequence_first(
     layers: list[Layer], book: LayoutBook, record: Record
 ) -> tuple[int, ...] | None:
-    """The leading sizes of a layer's input that is said to be sequence first, if there is one with
-    a dimension for the examples.
+    """The leading sizes of a layer's input that is said to be sequence first, or of a recurrent
+    module's, if there is one with a dimension for the examples.
     """
     inputs = (
         call.unmodified_input(layer.name)
@@ -131,7 +138,8 @@ def _declared_sequence_first(
         if book.given(layer.module) == SEQUENCE_FIRST
         for call in record.calls.get(layer.module, ())
     )
-    return next((tuple(x.shape[:-1]) for x in list(inputs) if x.ndim > 2), None)
+    declared = (tuple(x.shape[:-1]) for x in list(inputs) if x.ndim > 2)
+    return next(itertools.chain(declared, record.time_major), None)
 
 
 def _inputs_of(layers: list[Layer], record: Record) -> Iterator[Tensor]:

@@ -83,5 +83,5 @@ def recording_of(plan: Plan) -> Iterator[Record]:
     """
     said = take_positions(plan.model)
     traced = None if plan.layouts.is_probed else plan.model
-    with recording(plan.layers, plan.check_call, positions=said, traced=traced) as record:
+    with recording(plan.layers, plan.check_call, None, said, traced, plan.time_major) as record:
         yield record

@@ -73,7 +73,7 @@ class Plan:
         )
         self.skipped, self.unsupported = found.skipped, found.unsupported
         self._selected, self._strategy = found.layers, found.strategy
-        self._unit_wise = found.unit_wise
+        self._unit_wise, self.time_major = found.unit_wise, found.time_major
         self._by_module = {layer.module: layer for layer in found.layers}
         self.layouts = LayoutBook()
         self.layouts.rule, self.layouts.declared = found.rule, found.declared

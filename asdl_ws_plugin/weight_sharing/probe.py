@@ -13,6 +13,7 @@ Where examples mix, as by batch normalization, every example touches all rows. S
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,7 +177,8 @@ def _checked_count(
     owned = [touched for _, touched in tensors if touched.owner is not None]
     has_owners = bool(owned) and all(touched.has_owners for touched in owned)
     if tensors and not has_owners and not fits_all(count.num_examples):
-        return Count(logits.shape[1]) if fits_all(logits.shape[1]) else count
+        n = logits.shape[1]
+        return replace(count, num_examples=n) if fits_all(n) else count
     return count
 
 

@@ -36,6 +36,7 @@ class Selection:
         rule, declared: module -> layout, by a rule and by the modules around it.
         unit_wise: layers with a block for every unit, while there is more than a number.
         skipped: name -> why, for every supported layer that is left out.
+        time_major: recurrent modules whose second dimension is the batch.
         unsupported: name -> why, for every other module with trainable parameters of its own.
     """
 
@@ -46,6 +47,7 @@ class Selection:
     unit_wise: set[nn.Module] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
     unsupported: dict[str, str] = field(default_factory=dict)
+    time_major: list[nn.Module] = field(default_factory=list)
 
 
 def select_layers(
@@ -77,6 +79,8 @@ def select_layers(
     _settle_ties(model, found)
     _report_unmatched(model, ignore_modules)
     found.unsupported = _unsupported(model, ignore_modules)
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    found.time_major = [module for module in recurrent if not module.batch_first]
     return found
 
 

@@ -785,3 +785,44 @@ def test_heads_outermost_are_right_for_expand_and_refused_for_reduce(n: int):
     del seen["of_heads"]
     error, where = worst_layer(seen, expected, "reduce", 1 / R)
     assert error < 1e-12, where
+
+
+# -------------------------------------------------------------------------------- recurrent modules
+
+
+class LanguageModel(nn.Module):
+    """Tokens ``(R, N)``, or ``(N, R)`` that are turned around a recurrent module."""
+
+    def __init__(self, kind: Any, is_flat: bool, turns: bool) -> None:
+        super().__init__()
+        self.embedding, self.recurrent = nn.Embedding(9, 7), kind(7, 7)
+        self.head, self.is_flat, self.turns = nn.Linear(7, C), is_flat, turns
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        x = self.recurrent(x.transpose(0, 1) if self.turns else x)[0]
+        z = self.head(x.transpose(0, 1) if self.turns else x)
+        return z.flatten(0, 1) if self.is_flat else z
+
+
+@STRATEGIES
+@pytest.mark.parametrize("is_flat", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize(("n", "r"), [(6, 5), (3, 6), (6, 3)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_module_says_which_dimension_is_the_batch(
+    shared_dim: str, is_flat: bool, turns: bool, n: int, r: int, kind: Any
+):
+    model, sizes = LanguageModel(kind, is_flat, turns), (n, r) if turns else (r, n)
+    tokens, y = torch.randint(9, sizes), torch.randint(C, sizes)
+
+    def summed_loss(i: int) -> Tensor:
+        rows = slice(i, i + 1)
+        one = (tokens[rows], y[rows]) if turns else (tokens[:, rows], y[:, rows])
+        return r * token_ce(model(one[0]), one[1])
+
+    expected = every_layers_factors({"head": [model.head]}, summed_loss, n)
+    for data_size, scale in ((-1, 1 / r), (n, 1.0)):
+        fisher(model, shared_dim, token_ce, y, tokens, data_size=data_size)
+        error, where = worst_layer({"head": model.head}, expected, shared_dim, scale)
+        assert error < 1e-12, where
