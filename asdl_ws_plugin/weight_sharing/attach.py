@@ -50,7 +50,7 @@ def attach_segments(
         ValueError: the source is unknown. When the model is called: the arguments are not as the
             source says.
     """
-    if isinstance(source, str) and source not in _SOURCES:
+    if not callable(source) and (not isinstance(source, str) or source not in _SOURCES):
         raise ValueError(
             f"attach_segments: source has to be a function or one of {', '.join(_SOURCES)}."
         )
@@ -82,9 +82,16 @@ def attach_padding(
         A handle; ``remove()`` detaches.
 
     Raises:
+        TypeError: the source is neither a name nor a function.
         ValueError: ``forward`` has no argument of that name. When the model is called: none was
             found, or it has numbers that are neither 0 nor 1.
     """
+    if not isinstance(source, str) and not callable(source):
+        raise TypeError(
+            "attach_padding: source has to be the name of an argument, 'auto', or a function of "
+            f"the model's arguments, got {source!r}. For several masks, a function that returns a "
+            "dictionary of them, as {'source': ..., 'target': ...}."
+        )
     model = unwrapped(model)
     if isinstance(source, str) and source != _AUTO:
         parameters = inspect.signature(model.forward).parameters

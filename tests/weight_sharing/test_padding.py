@@ -148,7 +148,8 @@ def test_without_the_mask_the_factors_are_others(shared_dim: str):
     x, mask = sentences()
     maker = make_maker(model, shared_dim)
     maker.setup_model_call(model, x, mask)
-    maker.forward_and_backward()
+    with pytest.warns(UserWarning, match="an argument of the model leaves them out"):
+        maker.forward_and_backward()
     with pytest.raises(AssertionError):
         check(model, lambda n: model(x[n : n + 1, : LENGTHS[n]]), 3, shared_dim)
 
@@ -358,3 +359,43 @@ def test_masks_that_do_not_fit_and_the_next_one_that_does():
         CE,
     )
     assert_equal(model.layer.fisher.kron.A, expected.A)
+
+
+def test_what_is_neither_a_name_nor_a_function_is_refused_and_the_remedy_works():
+    class Pair(nn.Module):
+        """The mean of the real tokens of a source, and of those of a longer target."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(2, DIM), nn.Linear(2, DIM), nn.Linear(DIM, C)
+
+        def forward(self, x: Tensor, u: Tensor, source_mask: Tensor, target_mask: Tensor) -> Tensor:
+            parts = (self.a(x), source_mask), (self.b(u), target_mask)
+            means = [(h * m[..., None]).sum(1) / m.sum(1, keepdim=True) for h, m in parts]
+            return self.head(torch.tanh(means[0] * means[1]))
+
+    model = Pair()
+    masks = real_tokens(LENGTHS), real_tokens([2, 7, 4])
+    for source in (["source_mask", "target_mask"], None):
+        with pytest.raises(
+            TypeError, match=r"attach_padding.*a function that returns a dictionary"
+        ):
+            attach_padding(model, source)  # type: ignore[arg-type]
+    attach_padding(
+        model,
+        lambda *_, source_mask, target_mask: {"source": source_mask, "target": target_mask},
+    )
+    x, u, y = torch.randn(3, 5, 2), torch.randn(3, 7, 2), torch.randint(C, (3,))
+    config = FisherConfig("fisher_emp", ["kron"], shared_dim="expand")
+    maker = get_fisher_maker(model, config)
+    output = maker.setup_model_call(model, x, u, source_mask=masks[0], target_mask=masks[1])
+    maker.setup_loss_call(F.cross_entropy, output, y)
+    maker.forward_and_backward()
+    for layer, inputs, mask in ((model.a, x, masks[0]), (model.b, u, masks[1])):
+        rows = inputs[mask]
+        assert_equal(layer.fisher.kron.A, rows.mT @ rows / len(rows))
+
+
+def test_segments_from_what_is_neither_a_name_nor_a_function_are_refused():
+    with pytest.raises(ValueError, match=r"attach_segments: source has to be a function or one of"):
+        asdl_ws_plugin.attach_segments(nn.Linear(2, 2), ["batch"])  # type: ignore[arg-type]
