@@ -42,6 +42,7 @@ __all__ = [
     "remove_function_mode",
     "reshards_after_backward",
     "set_function_modes",
+    "unobserved",
     "unwrapped",
     "version_of",
 ]
@@ -52,6 +53,12 @@ foreach_norm = torch._foreach_norm
 
 # The class of all batch normalization; the public ones have no base class but this.
 AnyBatchNorm = _BatchNorm
+
+
+def unobserved() -> contextlib.AbstractContextManager[None]:
+    """A context in which no function mode sees what is done to tensors, as reading ``grad_fn``."""
+    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return context
 
 
 def index_of(node: Any) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]] | None:
