@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .weight_sharing.capture import Captured, Record
+from .weight_sharing.capture import Captured, Record, is_own_call
 from .weight_sharing.fisher_maker import recording_of
 from .weight_sharing.nests import tensors_in
 from .weight_sharing.observe_loss import LossObserver
 from .weight_sharing.plan import Plan
-from .weight_sharing.torch_private import active_wrapper, remove_function_mode
+from .weight_sharing.torch_private import (
+    active_wrapper,
+    add_outermost_function_mode,
+    remove_function_mode,
+)
 from .weight_sharing.wrappers import Held, wrappers_of
 
 __all__ = ["Forward", "ForwardPasses", "first_logits"]
@@ -44,15 +49,20 @@ class Forward:
 
 
 class _Watcher(LossObserver):
-    """Sees the loss being computed, and ``Tensor.backward`` being called on it."""
+    """Sees the loss being computed, and ``Tensor.backward`` being called on it.
 
-    def __init__(self, on_backward: Callable[..., None]) -> None:
+    It keeps nobody alive: a model that is dropped within a step would stay for as long as the
+    process does.
+    """
+
+    def __init__(self, passes: ForwardPasses) -> None:
         super().__init__()
-        self._on_backward = on_backward
+        self._passes = weakref.ref(passes)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
-            return self._on_backward(*args, **(kwargs or {}))
+        passes = self._passes()
+        if func is Tensor.backward and passes is not None:
+            return passes.on_backward(*args, **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -71,12 +81,13 @@ class ForwardPasses:
         self, model: nn.Module, plan: Plan, on_backward: Callable[..., None], has_ranks: bool
     ) -> None:
         self.model, self.plan = model, plan
-        self._on_backward, self._has_ranks = on_backward, has_ranks
+        self.on_backward, self._has_ranks = on_backward, has_ranks
         self._records = False
         self._handles: list[RemovableHandle] = []
         self._opened: contextlib.ExitStack | None = None
         self._forwards: list[Forward] = []
         self._watcher: _Watcher | None = None
+        self._unwatch: weakref.finalize[..., ForwardPasses] | None = None
         self._held, self._held_outside = Held(), Held()
 
     def __bool__(self) -> bool:
@@ -107,18 +118,21 @@ class ForwardPasses:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
-        if self._watcher is not None:
-            remove_function_mode(self._watcher)
-            self._watcher = None
+        if self._unwatch is not None:
+            self._unwatch()
+            self._watcher = self._unwatch = None
 
     # ------------------------------------------------------------------------------- a forward pass
 
     def _open(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if not model.training or not torch.is_grad_enabled() or self._opened is not None:
+        is_training = model.training and torch.is_grad_enabled()
+        if not is_training or self._opened is not None or is_own_call():
             return
         if self._watcher is None:
-            self._watcher = _Watcher(self._on_backward)
-            self._watcher.__enter__()
+            self._watcher = _Watcher(self)
+            add_outermost_function_mode(self._watcher)
+            self._unwatch = weakref.finalize(self, remove_function_mode, self._watcher)
+            self._unwatch.atexit = False
         self.plan.check_still_complete()
         with contextlib.ExitStack() as stack:
             joins = self._hold() if self._has_ranks else False

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,6 +30,9 @@ from .weight_sharing.torch_private import unwrapped
 from .weight_sharing.training_config import TrainingConfig, recommended
 
 __all__ = ["Preconditioner"]
+
+# model -> the one that watches it
+_watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 _CONFIG_FIELDS = {field.name for field in dataclasses.fields(TrainingConfig)}
 
@@ -50,6 +54,9 @@ class Preconditioner:
     curvature are added up and preconditioned once. With a ``torch.amp.GradScaler``, call
     ``scaler.unscale_(optimizer)`` before :meth:`step`, or let :meth:`step_before` do the right
     thing; the scale of the loss is recognised and is no part of the curvature.
+
+    A model has one: making another, as a notebook's cell that runs again does, closes the one
+    before.
 
     Args:
         model: the model, or its DistributedDataParallel or compiled wrapper: what the loop calls.
@@ -112,6 +119,8 @@ class Preconditioner:
         self._overflowed = False
         self._seen_backward = False
         self._done = StepGradients()
+        self._before_steps: list[RemovableHandle] = []
+        _take_over(self)
         self._watch()
 
     @property
@@ -137,10 +146,12 @@ class Preconditioner:
         and before the optimizer's step.
 
         Raises:
-            RuntimeError: curvature was due, but no forward pass in training mode, or no backward
-                pass of its loss, was seen; there is no gradient, or it is already preconditioned.
+            RuntimeError: another one was made of the model; curvature was due, but no forward pass
+                in training mode, or no backward pass of its loss, was seen; there is no gradient,
+                or it is already preconditioned.
         """
         if not self.enabled:
+            _check_watching(self)
             return
         if self._overflowed:
             self._next()
@@ -170,23 +181,14 @@ class Preconditioner:
             if self._has_backward():
                 self.step()
 
-        return optimizer.register_step_pre_hook(hook)
+        self._before_steps.append(optimizer.register_step_pre_hook(hook))
+        return self._before_steps[-1]
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameters whose gradients are preconditioned, and the others, as ``torch.optim``
         takes them.
         """
-        if self.maker.sharded is not None:  # a forward pass alone leaves whole ones in the model
-            self.maker.sharded.reshard()
-        inside = {id(p) for p in _preconditioned(self.maker.plan)}
-        groups: list[dict[str, Any]] = [
-            {"params": [], "preconditioned": True},
-            {"params": [], "preconditioned": False},
-        ]
-        for p in self.maker.parameters():
-            if p.requires_grad:
-                groups[id(p) not in inside]["params"].append(p)
-        return groups
+        return _param_groups(self.maker)
 
     def state_dict(self) -> dict[str, Any]:
         """That of the gradient maker: all that the next step needs. Take it between steps."""
@@ -198,8 +200,12 @@ class Preconditioner:
         self._next()
 
     def close(self) -> None:
-        """Take all hooks off the model; the preconditioner does nothing afterwards."""
+        """Take all hooks off the model and the optimizers; the preconditioner does nothing
+        afterwards.
+        """
         self.enabled = False
+        for handle in self._before_steps:
+            handle.remove()
         self._next()
 
     # --------------------------------------------------------------------------- from step to step
@@ -280,6 +286,23 @@ class Preconditioner:
             for p in maker.parameters():
                 if p.requires_grad:
                     p.grad = torch.full_like(p, torch.inf)
+
+
+def _take_over(prec: Preconditioner) -> None:
+    """Close the one that the model had."""
+    before = _watching.get(prec.maker.model, lambda: None)()
+    if before is not None:
+        before.close()
+    _watching[prec.maker.model] = weakref.ref(prec)
+
+
+def _check_watching(prec: Preconditioner) -> None:
+    """Raise a RuntimeError if another one was made of the model."""
+    if _watching[prec.maker.model]() is not prec:
+        raise RuntimeError(
+            "Another Preconditioner was made of this model, which has closed this one. Call step() "
+            "of the new one."
+        )
 
 
 def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:
@@ -382,6 +405,20 @@ def _check_backward(num_calls: int, has_arguments: bool) -> None:
             "On a step with curvature, and with several ranks on every step, backward() takes no "
             "gradient, inputs or create_graph."
         )
+
+
+def _param_groups(maker: Any) -> list[dict[str, Any]]:
+    if maker.sharded is not None:  # a forward pass alone leaves whole ones in the model
+        maker.sharded.reshard()
+    inside = {id(p) for p in _preconditioned(maker.plan)}
+    groups: list[dict[str, Any]] = [
+        {"params": [], "preconditioned": True},
+        {"params": [], "preconditioned": False},
+    ]
+    for p in maker.parameters():
+        if p.requires_grad:
+            groups[id(p) not in inside]["params"].append(p)
+    return groups
 
 
 def _preconditioned(plan: Plan) -> Iterator[nn.Parameter]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from asdl_ws_plugin.weight_sharing import registry
+from asdl_ws_plugin.weight_sharing import registry, torch_private
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,14 @@ def same_start() -> Iterator[None]:
 def registered_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is not there for the others."""
     monkeypatch.setattr(registry, "_operations", dict(registry._operations))
+
+
+@pytest.fixture(autouse=True)
+def function_modes() -> Iterator[None]:
+    """Modes that a test leaves, as one that ends within a step does, are not the next one's."""
+    modes = torch_private.function_modes()
+    yield
+    torch_private.set_function_modes(modes)
 
 
 @pytest.fixture

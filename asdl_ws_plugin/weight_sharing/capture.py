@@ -32,8 +32,10 @@ __all__ = [
     "batch_norm_edge",
     "current_record",
     "first_tensor",
+    "is_own_call",
     "last_nodes",
     "output_edge",
+    "own_call",
     "reached_nodes",
     "recording",
     "remove_hooks",
@@ -143,6 +145,7 @@ class Captured:
 
 
 _records: list[Record] = []
+_own_calls: list[None] = []  # one for each that goes on
 _MARK = "_asdl_ws_hook"  # of this module's hooks
 
 
@@ -151,9 +154,27 @@ def current_record() -> Record | None:
     return _records[-1] if _records else None
 
 
+@contextlib.contextmanager
+def own_call() -> Iterator[None]:
+    """A model that is called while the context is open is called by a gradient maker."""
+    _own_calls.append(None)
+    try:
+        yield
+    finally:
+        del _own_calls[-1:]
+
+
+def is_own_call() -> bool:
+    """Whether a model is called for somebody's curvature or by a gradient maker: this is no forward
+    pass of the user's loop.
+    """
+    return bool(_records or _own_calls)
+
+
 def remove_hooks(model: nn.Module) -> None:
     """Remove what an interrupt between two instructions of :func:`recording` may have left."""
     _records.clear()
+    _own_calls.clear()
     for module in model.modules():
         remove_forward_hooks(module, lambda hook: hasattr(hook, _MARK))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .torch_private import index_of, unobserved
+from .torch_private import index_of
 
 __all__ = ["Chosen", "chosen_rows"]
 
@@ -39,19 +39,14 @@ def chosen_rows(x: Tensor) -> Chosen | None:
     """What the graph says of the rows of a layer's input ``(rows, P)``; ``None`` if no index of so
     many rows is near.
     """
-    with unobserved():  # functions of the graph are nothing that lineage has to look into
-        if x.ndim != 2 or x.grad_fn is None or len(x) == 0:
-            return None
-        return _nearest(x.grad_fn, len(x))
-
-
-def _nearest(function: Any, num_rows: int) -> Chosen | None:
-    nodes: deque[Any] = deque([function])
-    seen = {function}
+    if x.ndim != 2 or x.grad_fn is None or len(x) == 0:
+        return None
+    nodes: deque[Any] = deque([x.grad_fn])
+    seen = {x.grad_fn}
     while nodes:
         node = nodes.popleft()
         found = index_of(node)
-        chosen = None if found is None else _chosen(*found, num_rows)
+        chosen = None if found is None else _chosen(*found, len(x))
         if chosen is not None:
             return chosen
         for before, _ in node.next_functions:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 __all__ = ["holds_tensors_in_sight", "tensors_in"]
 
@@ -23,6 +24,7 @@ _OPAQUE = (
     types.MethodType,
     types.BuiltinFunctionType,
     functools.partial,
+    Node,  # what a function of the autograd graph saved is no part of a nest
 )
 # What holds no tensor. A weak reference holds nothing: PyG's point back at what they are a part of.
 _NUMBERS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, weakref.ref)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .agreement import RankFailure
+from .capture import own_call
 from .commit import invert
 from .fisher_maker import check_batch, check_setup, share_of
 from .micro_batches import MicroBatches
@@ -192,7 +193,7 @@ class TransactionalSteps(TrainingOptions):
 
     def call_model(self) -> Any:
         """Upstream's. Ranks of a sharded model wait for each other in it."""
-        with nullcontext() if self.sharded is None else self.ranks.exchanging():
+        with own_call(), nullcontext() if self.sharded is None else self.ranks.exchanging():
             return super().call_model()
 
     def call_loss(self) -> Tensor:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = [
     "AnyBatchNorm",
     "active_wrapper",
+    "add_outermost_function_mode",
     "averages_gradients",
     "base_of",
     "canonical_mask",
@@ -42,7 +43,6 @@ __all__ = [
     "remove_function_mode",
     "reshards_after_backward",
     "set_function_modes",
-    "unobserved",
     "unwrapped",
     "version_of",
 ]
@@ -53,12 +53,6 @@ foreach_norm = torch._foreach_norm
 
 # The class of all batch normalization; the public ones have no base class but this.
 AnyBatchNorm = _BatchNorm
-
-
-def unobserved() -> contextlib.AbstractContextManager[None]:
-    """A context in which no function mode sees what is done to tensors, as reading ``grad_fn``."""
-    context: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
-    return context
 
 
 def index_of(node: Any) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]] | None:
@@ -201,6 +195,17 @@ def is_called_by_grad_scaler() -> bool:
     while frame is not None and frame.f_code.co_name == "__torch_function__":
         frame = frame.f_back  # a mode's method, and that of the class it extends
     return frame is not None and frame.f_globals.get("__name__") == "torch.amp.grad_scaler"
+
+
+def add_outermost_function_mode(mode: TorchFunctionMode) -> None:
+    """Put a mode below all others, so that those which are active now can be left before it:
+    leaving one takes off the uppermost, whichever that is. That of ``set_default_device`` stays the
+    lowest, where it looks for itself.
+    """
+    modes = function_modes()
+    of_device = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    above = 1 if modes and modes[0] is of_device else 0
+    set_function_modes([*modes[:above], mode, *modes[above:]])
 
 
 def remove_function_mode(mode: TorchFunctionMode) -> None:

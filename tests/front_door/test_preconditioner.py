@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import asdl_ws_plugin
 from asdl_ws_plugin import Preconditioner
@@ -26,11 +30,7 @@ SCHEDULE = {
 
 @pytest.fixture(autouse=True)
 def in_double(double: None) -> Iterator[None]:
-    """Modes that a test leaves, as one that ends within a step does, are not the next one's."""
-    modes = num_modes()
     yield
-    while num_modes() > modes:
-        torch.overrides._pop_mode()
 
 
 def mlp() -> nn.Module:
@@ -254,6 +254,104 @@ def test_a_forward_pass_that_fails_is_forgotten() -> None:
     assert all(not layer.module._forward_hooks for layer in prec.maker.plan.layers)
     x, y = batch(0)
     prec.backward(F.cross_entropy(model(x), y))
+
+
+class OwnMode(TorchFunctionMode):
+    """A mode of the user's own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def default_device() -> Iterator[None]:
+    torch.set_default_device("cpu")
+    yield
+    torch.set_default_device(None)
+
+
+MODES = {"own": OwnMode, "device": lambda: torch.device("cpu"), "default device": default_device}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("around", ["forward", "loss", "backward", "step", "two steps"])
+def test_function_modes_are_left_as_they_were_entered(mode: Any, around: str) -> None:
+    """That of the preconditioner stays from the forward pass on, those of the user may not."""
+
+    def of(*places: str) -> Any:
+        return mode() if around in places else contextlib.nullcontext()
+
+    model, reference = mlp(), mlp()
+    options: Any = {**SCHEDULE, "fisher_type": "fisher_emp"}
+    prec, other = (Preconditioner(m, **options) for m in (model, reference))
+    x, y = batch(0)
+    with of("two steps"):
+        for _ in range(2):
+            with of("forward"):
+                logits = model(x)
+            with of("loss"):
+                loss = F.cross_entropy(logits, y)
+            with of("backward"):
+                loss.backward()
+            with of("step"):
+                prec.step()
+    assert num_modes() == 0
+    for _ in range(2):
+        other.backward(F.cross_entropy(reference(x), y))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("interval", [1, 2])
+def test_what_others_call_is_no_forward_pass_of_the_loop(interval: int) -> None:
+    """A gradient maker, with curvature and without, and a survey, between two steps of a loop."""
+    model = mlp()
+    prec = Preconditioner(model, **SCHEDULE)
+    config = asdl.PreconditioningConfig(damping=1e-2, curvature_upd_interval=interval)
+    gm = asdl.KfacGradientMaker(model, config, shared_dim="expand")
+    x, y = batch(0)
+    for _ in range(2):
+        asdl_step(gm, model, x, y)
+        asdl_ws_plugin.inspect(model, x)
+        assert num_modes() == 0
+        with pytest.raises(RuntimeError, match="no call of the model in training mode was seen"):
+            prec.step()
+    prec.backward(F.cross_entropy(model(x), y))
+
+
+def test_a_model_that_is_dropped_within_a_step_is_let_go_of() -> None:
+    model = mlp()
+    prec = Preconditioner(model, **SCHEDULE)
+    loss = F.cross_entropy(model(batch(0)[0]), batch(0)[1])
+    assert num_modes() == 1
+    gone = weakref.ref(prec)
+    del model, prec, loss
+    gc.collect()
+    assert gone() is None and num_modes() == 0
+
+
+def test_making_another_one_closes_the_one_before() -> None:
+    """As a cell of a notebook does that runs again."""
+    model, reference = mlp(), mlp()
+    options: Any = {**SCHEDULE, "fisher_type": "fisher_emp"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = Preconditioner(model, **options)
+    first.step_before(optimizer)
+    x, y = batch(0)
+    F.cross_entropy(model(x), y)  # a step that was interrupted
+    prec = Preconditioner(model, **options)
+    prec.step_before(optimizer)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    Preconditioner(reference, **options).backward(F.cross_entropy(reference(x), y))
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+    assert num_modes() == 0
+    with pytest.raises(RuntimeError, match="Another Preconditioner was made of this model"):
+        first.step()
+    prec.close()
+    assert num_hooks(model) == 0
+    prec.step()  # closed, and not in anybody's place
 
 
 def test_resumed_training_goes_on_bit_for_bit() -> None:

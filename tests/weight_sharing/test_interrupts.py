@@ -74,7 +74,8 @@ def everything(maker: Any) -> list[Any]:
     found += [maker.state["step"], maker.fisher_maker.draws, maker.fisher_maker.decay]
     hooks = [len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules()]
     tables = [len(m._forward_hooks_with_kwargs) for m in model.modules()]
-    found += [hooks, tables, len(capture._records), torch.is_grad_enabled()]
+    found += [hooks, tables, len(capture._records), capture.is_own_call()]
+    found += [torch.is_grad_enabled(), torch._C._is_torch_function_enabled()]
     found.append(torch.overrides._len_torch_function_stack())
     found.append([p.requires_grad for p in model.parameters()])
     return found
@@ -107,7 +108,12 @@ class Interrupt:
     def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
         if event == "line":
             self.count += 1
-            if frame.f_code.co_name in ("register_forward_hook", "__enter__", "__exit__"):
+            if frame.f_code.co_name in (
+                "register_forward_hook",
+                "own_call",
+                "__enter__",
+                "__exit__",
+            ):
                 self.delicate.append(self.count)
             if self.count == self.at:
                 self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
