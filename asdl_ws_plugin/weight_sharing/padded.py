@@ -103,6 +103,7 @@ def _of_equal_length(
             "convert(model, roles=...).",
         )
     first = next(iter(candidates))
+    _check_right_way_round(name, first, candidates[first].mask, loss_sees)
     finding = replace(how.finding, mask=MaskOf(first), settles_mask=settles)
     ragged = candidates[first].repeated(times)
     return replace(how, finding=finding, ragged=ragged, masks=tuple(candidates))
@@ -158,13 +159,27 @@ def _of_other_length(
                 f"some of its {length} positions are padding, as the loss does not depend on them "
                 f"in some examples, but there is no mask of that length (there are {lengths})",
                 "Give it as a further mask, as in padding(model, {'a': ..., 'b': ...}), or "
-                f"leave the layer out with ignore_modules=['{name}'].",
+                f"leave the layer out with ignore_modules=['{name}']. In a mask, True or 1 is a "
+                "real token.",
             )
     if not found:
         return how
     of, aligned = found[0]  # class tokens are in front, where nothing tells
     finding = replace(how.finding, mask=of, settles_mask=loss_sees is not None)
     return replace(how, finding=finding, ragged=Mask(aligned).repeated(times), masks=(of.name,))
+
+
+def _check_right_way_round(
+    name: str, of: str, is_real: Tensor, loss_sees: Tensor | None
+) -> None:
+    """Refuse a mask ``(N, length)`` that counts just what the loss does not depend on."""
+    if loss_sees is not None and not bool((loss_sees & is_real).any()):
+        raise LayerError(
+            name,
+            f"the loss depends on none of the positions that the padding mask '{of}' counts, and "
+            f"on {int(loss_sees.sum())} of those that it leaves out",
+            "Is the mask the other way round? True, or 1, is a real token, and False padding.",
+        )
 
 
 def _aligned(mask: Mask, of: MaskOf) -> Tensor:

@@ -311,10 +311,15 @@ class Mask(Ragged):
             mask = mask.bool()
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(
-                f"A padding mask has to be booleans (True: a real token), got {_describe(mask)}."
+                f"A padding mask has to be booleans (True: a real token), got {_describe(mask)}. "
+                "mask.bool() makes them of numbers 1 and 0, and mask == 0 of numbers that are "
+                "added to attention's scores."
             )
         if mask.ndim != 2:
-            raise ValueError(f"A padding mask has to be of sizes (N, R), got {tuple(mask.shape)}.")
+            raise ValueError(
+                f"A padding mask has to be of sizes (N, R), got {tuple(mask.shape)}. Of one for "
+                "attention, (N, 1, 1, R), take mask[:, 0, 0]."
+            )
         self.mask = mask
         self.num_examples = mask.shape[0]
         self.num_positions = int(mask.sum())

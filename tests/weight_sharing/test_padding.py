@@ -320,6 +320,41 @@ def test_masks_that_make_no_sense_are_refused(mask: Any, error: type[Exception],
         pass
 
 
+@pytest.mark.parametrize("pool", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@STRATEGIES
+def test_a_mask_that_is_the_other_way_round_is_refused(
+    shared_dim: str, batch_first: bool, pool: bool
+):
+    """By what the loss depends on; the same step with the mask turned trains on."""
+    model = Encoder(batch_first, pool)
+    x, mask = sentences()
+    maker = make_maker(model, shared_dim)
+    if pool:
+        maker.setup_model_call(model, x, mask)
+    else:
+        labels = torch.randint(0, C, mask.shape).masked_fill(~mask, -100)
+        logits = maker.setup_model_call(model, x, mask)
+        maker.setup_loss_call(
+            lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), logits, labels
+        )
+    with pytest.raises(ValueError, match=r"'embed'.*none of the positions.*other way round"):
+        with padding(model, ~mask):
+            maker.forward_and_backward()
+    with padding(model, mask):
+        maker.forward_and_backward()
+    assert model.embed.fisher.kron.A is not None
+
+
+def test_an_additive_mask_has_a_way_to_be_turned():
+    scores = torch.zeros(3, 1, 1, 4).masked_fill(~real_tokens([4, 1, 3])[:, None, None], -1e9)
+    with pytest.raises(TypeError, match=r"mask == 0"), padding(Pooled(), scores):
+        pass
+    wide = real_tokens([4, 1, 3])[:, None, None]
+    with pytest.raises(ValueError, match=r"mask\[:, 0, 0\]"), padding(Pooled(), wide):
+        pass
+
+
 def test_masks_that_do_not_fit_and_the_next_one_that_does():
     model, x = Pooled(), torch.randn(3, 4, 2)
     good = real_tokens([4, 1, 3])
