@@ -24,7 +24,8 @@ class Touched:
         by_any: from all terms of the loss.
         by_first, by_last: from the first and from the last row of the logits.
         owner: the number of the only example whose logits a row reaches, -1 where that is not
-            certain; ``None`` if it was not asked.
+            certain, -2 where its gradient is nothing but rounding errors; ``None`` if it was not
+            asked.
     """
 
     by_any: Tensor
@@ -40,7 +41,7 @@ class Touched:
     @property
     def has_owners(self) -> bool:
         """Whether each row that the loss depends on reaches one example's logits alone."""
-        return self.owner is not None and bool((self.owner[self.by_any] >= 0).all())
+        return self.owner is not None and bool((self.owner[self.by_any] != -1).all())
 
     @property
     def is_empty(self) -> bool:

@@ -169,16 +169,16 @@ def _of_other_length(
     return replace(how, finding=finding, ragged=Mask(aligned).repeated(times), masks=(of.name,))
 
 
-def _check_right_way_round(
-    name: str, of: str, is_real: Tensor, loss_sees: Tensor | None
-) -> None:
+def _check_right_way_round(name: str, of: str, is_real: Tensor, loss_sees: Tensor | None) -> None:
     """Refuse a mask ``(N, length)`` that counts just what the loss does not depend on."""
     if loss_sees is not None and not bool((loss_sees & is_real).any()):
         raise LayerError(
             name,
             f"the loss depends on none of the positions that the padding mask '{of}' counts, and "
             f"on {int(loss_sees.sum())} of those that it leaves out",
-            "Is the mask the other way round? True, or 1, is a real token, and False padding.",
+            "Is the mask the other way round? True, or 1, is a real token: give ~mask, as "
+            "attach_padding(model, lambda x, mask: ~mask) does, a function of the model's "
+            "arguments.",
         )
 
 

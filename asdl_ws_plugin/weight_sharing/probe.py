@@ -285,7 +285,11 @@ def _of_rows(
 
 _PROJECTIONS = 4  # of a row's gradient; a row of several examples is in proportion in none
 _FEWEST_FEATURES = 3
-_TOLERANCE = 0.02
+_TOLERANCE = 1e-3
+# Gradients that cancel out leave rounding errors, as those of a query with a single key. Errors are
+# in proportion to whole numbers, and not to what is a whole number and the golden ratio.
+_OFFSET = (5**0.5 - 1) / 2
+_NOISE = 100  # times the precision of the largest gradient is nothing but rounding errors
 
 
 def _owners(
@@ -296,13 +300,13 @@ def _owners(
 ) -> dict[Key, Tensor]:
     """The example of each row whose logits alone it reaches, ``sizes``, by call; -1: not certain.
 
-    A backward pass is linear: if the logits of example n are weighed with n + 1, so are the
-    gradients of its rows. Two passes tell the owners of all rows.
+    A backward pass is linear: what the logits of an example are weighed with, the gradients of its
+    rows are. Two passes tell the owners of all rows, -2 where there is nothing but noise.
     """
     dim = _batch_dim(logits, num_examples, layout)
     if dim is None or num_examples is None or logits.dtype not in (torch.float32, torch.float64):
         return {}
-    weights = torch.arange(1, num_examples + 1, device=logits.device).to(logits.dtype)
+    weights = torch.arange(1, num_examples + 1, device=logits.device).to(logits.dtype) + _OFFSET
     weights = weights.view([-1 if d == dim else 1 for d in range(logits.ndim)])
     cotangent = _noise(logits)
     plain = _of_rows(logits, cotangent, calls, _projected)
@@ -334,9 +338,15 @@ def _projected(rows: Tensor) -> Tensor:
 
 
 def _owner(plain: Tensor, weighted: Tensor, num_examples: int) -> Tensor:
-    """The example whose weight all projections of a row have in common, -1 where there is none."""
-    ratios = weighted.double() / plain.double()  # not a number where there is no gradient
+    """The example whose weight all projections of a row have in common, -1 where there is none, -2
+    where there is no gradient to speak of.
+    """
+    ratios = weighted.double() / plain.double() - _OFFSET  # not a number where there is no gradient
     weight = ratios[..., 0].round()
     is_one = ((ratios - weight.unsqueeze(-1)).abs() < _TOLERANCE).all(-1)
     is_one &= (weight >= 1) & (weight <= num_examples)
-    return torch.where(is_one, weight - 1, -1).nan_to_num(-1).long()
+    size = plain.abs().amax(-1)
+    largest = size.max() if size.numel() else 0.0
+    is_noise = size <= _NOISE * torch.finfo(plain.dtype).eps * largest
+    owner = torch.where(is_one, weight - 1, -1).nan_to_num(-1).long()
+    return owner.masked_fill(is_noise, -2)

@@ -394,7 +394,11 @@ def test_of_a_classifier_whose_argument_is_true_where_padding_is():
     with pytest.warns(UserWarning, match=WARNING):
         fisher(Inverted(), "reduce", F.cross_entropy, y, tokens, tokens == 0)
     model = Inverted()
-    attach_padding(model, "is_padding")
+    attached = attach_padding(model, "is_padding")
+    with pytest.raises(ValueError, match="the other way round"):
+        fisher(model, "reduce", F.cross_entropy, y, tokens, tokens == 0)
+    attached.remove()
+    attach_padding(model, lambda tokens, is_padding: ~is_padding)
     fisher(model, "reduce", F.cross_entropy, y, tokens, tokens == 0)
 
 

@@ -338,9 +338,9 @@ def test_a_mask_that_is_the_other_way_round_is_refused(
         maker.setup_loss_call(
             lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), logits, labels
         )
-    with pytest.raises(ValueError, match=r"'embed'.*none of the positions.*other way round"):
-        with padding(model, ~mask):
-            maker.forward_and_backward()
+    message = r"'embed'.*none of the positions.*other way round"
+    with pytest.raises(ValueError, match=message), padding(model, ~mask):
+        maker.forward_and_backward()
     with padding(model, mask):
         maker.forward_and_backward()
     assert model.embed.fisher.kron.A is not None

@@ -652,6 +652,34 @@ def test_rows_in_an_order_that_no_layout_has_are_refused():
         fisher(model, "reduce", ce, y, x)
 
 
+class CausalAttention(nn.Module):
+    """The first token attends to itself alone: the gradient of its query is rounding errors, which
+    are in proportion as those of a row of some other example may be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(D, 8) for _ in range(3))
+        self.head = nn.Linear(8, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            of(x).unflatten(-1, (2, 4)).transpose(1, 2) for of in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_errors_are_nobodys_rows(dtype: torch.dtype):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x = CausalAttention().to(dtype), torch.randn(N, R, D, dtype=dtype)
+        fisher(model, "reduce", token_ce, torch.randint(C, (N, R)), x)
+        mean = x.mean(1)
+        torch.testing.assert_close(model.query.fisher.kron.A, mean.T @ mean / N)  # type: ignore[union-attr]
+
+
 def test_the_graph_is_asked_once(monkeypatch: pytest.MonkeyPatch):
     from asdl_ws_plugin.weight_sharing import probe
 
