@@ -48,7 +48,7 @@ from .probe import counted
 from .ranks import Ranks
 from .reading import LOSS_AUTO, Reading, check_loss_type, read_loss
 from .sharded import sharded_model
-from .shares import Share
+from .shares import Part, Share
 from .step import NOT_GIVEN, Step, check_data_size
 from .torch_private import is_sharded_by_fsdp1, unwrapped
 from .unseen import UnseenReport, check_any_called
@@ -307,7 +307,7 @@ class WeightSharingFisherMaker(ModelCalls, JointBatches):
             is_alone = self.ranks.size == 1  # then nothing has to be read back from the device
             share = Share(num_examples=n) if is_alone else share_of(reading, n, loss_scale)
             keep = self._commit if self.micro_batches is None else self._add
-            keep(results, step, share, batch.mean_positions())
+            keep(Part(results, self.unseen, share, batch.mean_positions(), step))
             self._unseen_report.report(layers, record, self.unseen)
             self.draws += 1  # products are with one matrix, so its labels are those of one draw
         self.plan.note_absent(record.absent)

@@ -25,7 +25,7 @@ from .matrices import (
 )
 from .plan import Plan
 from .ranks import Ranks
-from .shares import Share
+from .shares import Part
 from .state_dict import plan_state
 
 __all__ = ["joint_curvature", "owners", "share_inverses"]
@@ -35,11 +35,7 @@ def joint_curvature(
     ranks: Ranks,
     what: str,
     plan: Plan,
-    results: list[tuple[nn.Module, SymMatrix]],
-    unseen: dict[nn.Module, str],
-    share: Share,
-    positions: dict[nn.Module, float],
-    data_size_given: bool,
+    part: Part,
     weigh_B_by_examples: bool = False,
 ) -> list[tuple[nn.Module, SymMatrix]]:
     """The curvature that one process with the joint batch would have, the same on all ranks.
@@ -51,23 +47,21 @@ def joint_curvature(
         ranks: who takes part.
         what: the place of the training.
         plan: what is done with which layer.
-        results: modules and their curvature on this rank, which is changed in place.
-        unseen: the layers that took no part on this rank; on return, on none.
-        share: what this rank's batch is of the joint one.
-        positions: mean number of positions of an example, of layers whose A is divided by it.
-        data_size_given: the curvature is divided by a ``data_size``, that of one rank's batch.
+        part: this rank's batch. Its curvature is changed in place, and ``unseen`` are on return
+            the layers that took part on no rank.
         weigh_B_by_examples: B is a mean over examples as A is, and does not know the loss.
 
     Raises:
         ValueError: batches have settled different things on the ranks.
         RankFailure: another rank has failed.
     """
-    own = dict(results)
+    own = dict(part.results)
     modules = [*(layer.module for layer in plan.all_layers), plan.model]
     data = [tensor for module in modules for tensor in data_of(own.get(module))]
-    state, counts = plan_state(plan, unseen), [positions.get(module) for module in modules]
+    state = plan_state(plan, part.unseen)
+    counts = [part.positions.get(module) for module in modules]
     shares, (are_same, same_counts) = ranks.exchange_shares(
-        what, share, signature([state, _described(data)]), signature(counts)
+        what, part.share, signature([state, _described(data)]), signature(counts)
     )
     if not are_same:
         _settle_together(plan, ranks.gather(state))
@@ -76,7 +70,7 @@ def joint_curvature(
 
     def weight(i: int) -> float:
         is_A = IS_A[i % NUM_PARTS]
-        if data_size_given:
+        if part.step.has_data_size:  # that of one rank's batch
             of_batch = shares.of_ranks
         else:
             of_batch = shares.of_examples if is_A or weigh_B_by_examples else shares.of_terms
@@ -84,10 +78,10 @@ def joint_curvature(
 
     summed = ranks.sum_(data, weight, are_same, lambda i: IS_SYMMETRIC[i % NUM_PARTS])
     if are_same:
-        return results
+        return part.results
     joint = _matrices(modules, summed)
     for module, _ in joint:
-        unseen.pop(module, None)
+        part.unseen.pop(module, None)
     return joint
 
 

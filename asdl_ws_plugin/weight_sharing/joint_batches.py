@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from asdl.fisher import FisherMaker
-from asdl.symmatrix import SymMatrix
 from torch import Tensor, nn
 
 from .commit import commit
@@ -19,8 +18,7 @@ from .operate import FISHER_FORWARD_ONLY
 from .plan import Plan
 from .ranks import Ranks
 from .sharded import ShardedModel
-from .shares import Share
-from .step import Step
+from .shares import Part, Share
 from .transaction import put_aside
 
 __all__ = ["JointBatches"]
@@ -75,52 +73,28 @@ class JointBatches(FisherMaker):
         """Stage 6 for the joint batch of several micro-batches."""
         total = self.micro_batches
         assert total is not None and total.step is not None
-        self.unseen = total.unseen
-        self._commit(total.joined(), total.step, total.share, total.positions)
+        joined = total.joined()
+        self.unseen = joined.unseen
+        self._commit(joined)
 
-    def _add(
-        self,
-        results: list[tuple[nn.Module, SymMatrix]],
-        step: Step,
-        share: Share,
-        positions: dict[nn.Module, float],
-    ) -> None:
+    @property
+    def _has_B_of_examples(self) -> bool:
+        """Whether B is a mean over examples, and does not know the loss."""
+        return self.config.fisher_type == FISHER_FORWARD_ONLY
+
+    def _add(self, part: Part) -> None:
         assert self.micro_batches is not None
-        is_mean = not step.has_data_size
-        self.micro_batches = self.micro_batches.added(
-            results,
-            self.unseen,
-            share,
-            positions,
-            step,
-            weigh_A=is_mean,
-            weigh_B=is_mean and self.config.fisher_type == FISHER_FORWARD_ONLY,
-        )
+        self.micro_batches = self.micro_batches.added(part, self._has_B_of_examples)
 
-    def _commit(
-        self,
-        results: list[tuple[nn.Module, SymMatrix]],
-        step: Step,
-        share: Share,
-        positions: dict[nn.Module, float],
-    ) -> None:
+    def _commit(self, part: Part) -> None:
         """Stage 6, of the joint batch of all ranks."""
-        self.share = share
+        self.share, results = part.share, part.results
         if self.ranks.size > 1:
-            results = joint_curvature(
-                self.ranks,
-                f"{self.place}, curvature",
-                self.plan,
-                results,
-                self.unseen,
-                share,
-                positions,
-                step.has_data_size,
-                self.config.fisher_type == FISHER_FORWARD_ONLY,
-            )
+            what = f"{self.place}, curvature"
+            results = joint_curvature(self.ranks, what, self.plan, part, self._has_B_of_examples)
         if not self.belongs_to_maker:
             put_aside(self.model)  # what a gradient maker has gathered is not this maker's
-        decay = self.decay if step.accumulate else None
+        decay = self.decay if part.step.accumulate else None
         commit(self.model, results, self.config.fisher_attr, decay, self.least_weight)
 
     def _decide(self, num_terms: int, num_examples: int) -> None:

@@ -16,7 +16,7 @@ from asdl.symmatrix import SymMatrix
 from torch import nn
 
 from .matrices import merge, shared_tensors
-from .shares import Share
+from .shares import Part, Share
 
 __all__ = ["MicroBatches"]
 
@@ -49,51 +49,51 @@ class MicroBatches:
 
     def added(
         self,
-        results: Sequence[tuple[nn.Module, SymMatrix]],
-        unseen: Mapping[nn.Module, str],
-        share: Share,
-        positions: dict[nn.Module, float],
-        step: Any,
-        weigh_A: bool,
-        weigh_B: bool,
+        new: Part,
+        has_B_of_examples: bool,
     ) -> MicroBatches:
-        """The sum with one more micro-batch, whose curvature is used up; this stays as it is."""
-        matrices, before = dict(self.matrices), self.unseen if self.count else unseen
+        """The sum with one more micro-batch, whose curvature is used up; this stays as it is.
+
+        Args:
+            has_B_of_examples: B is a mean over examples, as A is.
+        """
+        matrices, before = dict(self.matrices), self.unseen if self.count else new.unseen
+        is_mean = not new.step.has_data_size
         if self.count == 1:  # a single one is not scaled, so that nothing is rounded
             matrices = _copies(matrices)
             self._scale(list(matrices.items()), partial(self._weight, 0))
         total = MicroBatches(
             self.count + 1,
             matrices,
-            (*self.shares, share),
-            (*self.means, positions),
+            (*self.shares, new.share),
+            (*self.means, new.positions),
             {},
-            step,
-            weigh_A,
-            weigh_B,
+            new.step,
+            is_mean,
+            is_mean and has_B_of_examples,
             self.is_joint,
         )
         if self.count:
-            total._scale(results, partial(total._weight, self.count))
-        shared = shared_tensors(new for _, new in results)
-        for module, new in results:
+            total._scale(new.results, partial(total._weight, self.count))
+        shared = shared_tensors(matrix for _, matrix in new.results)
+        for module, matrix in new.results:
             old = matrices.get(module)
-            matrices[module] = new if old is None else merge(new, old, 1.0, shared)
-        missing = {m: why for m, why in {**before, **unseen}.items() if m not in matrices}
+            matrices[module] = matrix if old is None else merge(matrix, old, 1.0, shared)
+        missing = {m: why for m, why in {**before, **new.unseen}.items() if m not in matrices}
         return replace(total, unseen=missing)
 
     def with_share(self, share: Share) -> MicroBatches:
         """The sum with a micro-batch of a step without curvature."""
         return replace(self, shares=(*self.shares, share))
 
-    def joined(self) -> list[tuple[nn.Module, SymMatrix]]:
-        """The curvature of the joint batch."""
+    def joined(self) -> Part:
+        """The joint batch."""
         results = list(self.matrices.items())
         if self.count > 1:
             self._scale(
                 results, lambda module: 1 / sum(self._weight(i, module) for i in range(self.count))
             )
-        return results
+        return Part(results, self.unseen, self.share, self._positions(), self.step)
 
     @property
     def share(self) -> Share:
@@ -106,8 +106,7 @@ class MicroBatches:
             sum(share.num_examples for share in self.shares),
         )
 
-    @property
-    def positions(self) -> dict[nn.Module, float]:
+    def _positions(self) -> dict[nn.Module, float]:
         """The mean number of positions of an example of the joint batch."""
         found = {}
         for module in {module for mean in self.means for module in mean}:

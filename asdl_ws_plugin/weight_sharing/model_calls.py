@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from asdl.fisher import FisherMaker
-from torch import Tensor
 
 from .capture import Captured, Record, recording
 from .logits import logits_of
-from .observe_loss import LossObserver, loss_and_count
+from .observe_loss import CountsTerms, LossObserver
 from .plan import Plan
 from .positions import take_positions
 from .torch_private import eagerly
@@ -20,13 +19,12 @@ from .torch_private import eagerly
 __all__ = ["ModelCalls", "declared_reduction", "recording_of"]
 
 
-class ModelCalls(FisherMaker):
+class ModelCalls(CountsTerms, FisherMaker):
     """The part of :class:`~.fisher_maker.WeightSharingFisherMaker` that calls the model."""
 
     plan: Plan
     ranks: Any
     sharded: Any
-    _num_terms: Any = None  # how many terms the last loss says that it averages over
 
     def capture(self) -> Captured:
         """Stage 1: call the model and the loss."""
@@ -59,11 +57,6 @@ class ModelCalls(FisherMaker):
         arguments = [*self._loss_fn_args, *self._loss_fn_kwargs.values()]
         self._logits = logits_of(self._model_output, self._dummy_logits, arguments)
         return self._model_output
-
-    def call_loss(self) -> Tensor:
-        """ASDL's, with the losses of AlgoPerf's workloads understood, too."""
-        self._loss, self._num_terms = loss_and_count(super().call_loss())
-        return self._loss
 
 
 def declared_reduction(function: Any, kwargs: dict[str, Any] | None = None) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE
+from asdl.grad_maker import LOSS_CROSS_ENTROPY, LOSS_MSE, GradientMaker
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +21,7 @@ from .factors import accumulation_dtype
 from .likelihoods import LOSS_BINARY_CROSS_ENTROPY
 from .torch_private import is_called_by_grad_scaler
 
-__all__ = ["LossObserver", "Observation", "loss_and_count"]
+__all__ = ["CountsTerms", "LossObserver", "Observation", "loss_and_count"]
 
 # torch function -> loss type
 _OBSERVED: dict[Any, str] = {
@@ -147,3 +147,14 @@ def loss_and_count(value: Any) -> tuple[Tensor, Tensor | float | None]:
         f"'n_valid_examples', but the loss function returned {found}. Return the tensor alone, as "
         "lambda *args: loss(*args)[0] does for the first of several."
     )
+
+
+class CountsTerms(GradientMaker):
+    """A gradient maker that understands the losses of AlgoPerf's workloads, too."""
+
+    _num_terms: Any = None  # how many terms the last loss says that it averages over
+
+    def call_loss(self) -> Tensor:
+        """ASDL's; of a dictionary, the loss that it tells."""
+        self._loss, self._num_terms = loss_and_count(super().call_loss())
+        return self._loss

@@ -1,11 +1,15 @@
-"""What each rank's batch is of the joint one, and how ranks are weighed by it."""
+"""What a batch that is a part of a joint one has given, and how the parts are weighed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Share", "Shares"]
+from asdl.symmatrix import SymMatrix
+from torch import nn
+
+__all__ = ["Part", "Share", "Shares"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,25 @@ class Share:
     num_terms: float = 1.0
     num_rows: float = 0.0
     num_examples: float = 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The curvature of one batch, which may be a part of a joint one.
+
+    Attributes:
+        results: modules and their curvature.
+        unseen: the modules that took no part, and why.
+        share: what the batch is of the joint one.
+        positions: mean number of positions of an example, of layers whose A is divided by it.
+        step: what is wanted of the curvature, a :class:`~.step.Step`.
+    """
+
+    results: list[tuple[nn.Module, SymMatrix]]
+    unseen: dict[nn.Module, str]
+    share: Share
+    positions: dict[nn.Module, float]
+    step: Any
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .fisher_maker import check_batch, check_setup, share_of
 from .micro_batches import MicroBatches
 from .model_calls import declared_reduction
 from .no_labels import has_no_label, zero_loss
-from .observe_loss import LossObserver, loss_and_count
+from .observe_loss import CountsTerms, LossObserver
 from .positions import take_own_positions
 from .reading import read_loss
 from .shares import Share
@@ -30,7 +30,7 @@ from .wrappers import unsynchronized
 __all__ = ["TransactionalSteps"]
 
 
-class TransactionalSteps(TrainingOptions):
+class TransactionalSteps(CountsTerms, TrainingOptions):
     """The part of :class:`~.grad_maker.WeightSharing` that takes a step."""
 
     ranks: Any
@@ -195,11 +195,6 @@ class TransactionalSteps(TrainingOptions):
         """Upstream's. Ranks of a sharded model wait for each other in it."""
         with own_call(), nullcontext() if self.sharded is None else self.ranks.exchanging():
             return super().call_model()
-
-    def call_loss(self) -> Tensor:
-        """Upstream's, with the losses of AlgoPerf's workloads understood, too."""
-        self._loss, self._num_terms = loss_and_count(super().call_loss())
-        return self._loss
 
     def forward(self) -> None:
         """Of a step without curvature. An empty batch or a loss that is not finite is refused here,

@@ -327,9 +327,9 @@ def labels(rank: int, world: int, seed: int | None) -> list[Any]:
     seen: list[Any] = []
     original = joint_batches.joint_curvature
 
-    def spy(ranks: Any, what: str, plan: Any, results: Any, *rest: Any) -> Any:
-        seen.append(results[0][1].kron.B.tolist())
-        return original(ranks, what, plan, results, *rest)
+    def spy(ranks: Any, what: str, plan: Any, part: Any, *rest: Any) -> Any:
+        seen.append(part.results[0][1].kron.B.tolist())
+        return original(ranks, what, plan, part, *rest)
 
     joint_batches.joint_curvature = spy
     try:
