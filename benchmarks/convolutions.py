@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = options.rounds or (2 if options.quick else 5)
     console = Console()
     table = Table(
-        title=f"ResNet-18: a step with the preset, in plain steps of AdamW ({options.threads} "
-        f"threads, {options.clock} time, torch {torch.__version__}, {rounds} rounds)"
+        title=f"ResNet-18: a step with the preset, in plain steps of AdamW (threads: "
+        f"{options.threads}, {options.clock} time, torch {torch.__version__}, {rounds} rounds)"
     )
     for column in ("images", "pixels", "plain, ms", "new inverses", "new curvature", "neither"):
         table.add_column(column, justify="right")

@@ -4,6 +4,7 @@ preconditioned gradient.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -116,3 +117,14 @@ def test_the_peers_compute_the_same_factors(
     )
     with pytest.raises(AssertionError, match=r"factors of 'patch_embed.proj' differ"):
         peers.check_same(size, shared_dim)
+
+
+def test_what_the_preset_costs_on_a_convolutional_network(step_time: ModuleType) -> None:
+    """A step of a schedule is a mean of the kinds of steps, by how often it has them."""
+    import convolutions
+
+    options = argparse.Namespace(clock="processor")
+    plain, *ratios = map(float, convolutions.measure(2, 24, 1, options))
+    inverse, curvature, neither, by_5_20, _ = ratios
+    assert plain > 1 and inverse > 1
+    assert by_5_20 == pytest.approx((inverse + 3 * curvature + 16 * neither) / 20, abs=0.02)
