@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .forward_passes import ForwardPasses, first_logits
 from .makers import KfacGradientMaker
-from .step_gradients import StepGradients, gradients_of
+from .step_gradients import Changes, StepGradients, gradients_of
 from .step_statistics import StepStatistics
 from .weight_sharing.blocks import LinearBlock
 from .weight_sharing.capture import Captured
@@ -118,7 +118,7 @@ class Preconditioner:
         self._passes = ForwardPasses(model, self.maker.plan, self._on_backward, has_ranks)
         self._overflowed = False
         self._seen_backward = False
-        self._done = StepGradients()
+        self._done, self._changes = StepGradients(), Changes(self.maker)
         self._before_steps: list[RemovableHandle] = []
         _take_over(self)
         self._watch()
@@ -156,7 +156,7 @@ class Preconditioner:
         if self._overflowed:
             self._next()
             return
-        self._check_seen()
+        _check_order(self)
         before, due = self._statistics.norm(), self._is_due()
         try:
             with self._statistics.timed("step"):
@@ -216,6 +216,7 @@ class Preconditioner:
     def _next(self) -> None:
         """The step has ended; let go of what was seen for it, and look out for the next."""
         self._passes.forget()
+        self._changes.forget()
         self._overflowed = False
         self._watch()
 
@@ -233,15 +234,6 @@ class Preconditioner:
             return self._seen_backward
         grads = gradients_of(self.maker)
         return bool(grads) and not self._done.are(grads)
-
-    def _check_seen(self) -> None:
-        due = self._is_due()
-        if not self._seen_backward and self._done.are(gradients_of(self.maker)):
-            raise _already_done()
-        if not self._seen_backward and (due or self._passes):
-            raise _not_seen(due, bool(self._passes))
-        if not gradients_of(self.maker):
-            raise _no_gradient()
 
     # ------------------------------------------------------------------------------ a backward pass
 
@@ -261,12 +253,16 @@ class Preconditioner:
         _check_backward(len(seen), gradient is not None or inputs is not None or create_graph)
         (forward,) = seen
         captured = self._passes.take(forward, loss, self._select(forward.output))
-        if not gradients_of(self.maker):
-            # Gradients were dropped since, as after a step that a GradScaler skipped.
+        is_dropped = not gradients_of(self.maker)
+        is_missed = captured.loss_scale is None and self._changes.warn_if_missed(
+            is_dropped and self._seen_backward
+        )
+        if is_dropped or is_missed:  # dropped also after a step that a GradScaler skipped
             self.maker.fisher_maker.micro_batches = None
         self._seen_backward = True
         with self._statistics.timed("curvature"), _giving(self.maker, captured, forward.output):
             self._add(captured, forward.joins)
+        self._changes.note()
 
     def _add(self, captured: Captured, joins: bool) -> None:
         maker = self.maker
@@ -303,6 +299,19 @@ def _check_watching(prec: Preconditioner) -> None:
             "Another Preconditioner was made of this model, which has closed this one. Call step() "
             "of the new one."
         )
+
+
+def _check_order(prec: Preconditioner) -> None:
+    """Raise a RuntimeError unless the calls before ``step()`` were those of a loop."""
+    due, grads = prec._is_due(), gradients_of(prec.maker)
+    if not prec._seen_backward and prec._done.are(grads):
+        raise _already_done()
+    if not prec._seen_backward and (due or prec._passes):
+        raise _not_seen(due, bool(prec._passes))
+    if not grads:
+        raise _no_gradient()
+    if prec._changes.are_there:
+        raise _too_late()
 
 
 def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:
@@ -345,6 +354,15 @@ def _no_gradient() -> RuntimeError:
         "There is no gradient: zero_grad() was called between loss.backward() and step(), or there "
         "was no backward pass. The order is optimizer.zero_grad(), loss.backward(), prec.step(), "
         "optimizer.step()."
+    )
+
+
+def _too_late() -> RuntimeError:
+    return RuntimeError(
+        "Parameters have changed since loss.backward(): an optimizer has stepped already, with a "
+        "gradient that was not preconditioned. The order is loss.backward(), prec.step(), "
+        "optimizer.step(). In the closure of optimizer.step(closure), call prec.step() after "
+        "loss.backward(), without step_before."
     )
 
 

@@ -1,4 +1,6 @@
-"""The gradients that a step has left in ``.grad``, so that none is preconditioned twice."""
+"""What the order of a loop's calls leaves behind: the gradients that a step has left in ``.grad``,
+so that none is preconditioned twice, and parameters that were changed before it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .weight_sharing._warn import warn
 from .weight_sharing.torch_private import version_of
 
-__all__ = ["StepGradients", "gradients_of"]
+__all__ = ["Changes", "StepGradients", "gradients_of"]
+
+_MOST_DROPPED = 3  # gradients in a row; of a single batch a loop may let go on purpose
 
 
 def gradients_of(maker: Any) -> list[Tensor]:
@@ -37,3 +42,50 @@ class StepGradients:
     def _is_left(self, grad: Tensor) -> bool:
         left, version = self._left.get(id(grad), (None, 0))
         return left is not None and left() is grad and version_of(grad) == version
+
+
+class Changes:
+    """Whether an optimizer has stepped between a backward pass and the preconditioner's step.
+
+    Parameters that were changed in place show it; those of optimizers with ``fused=True`` do not,
+    but their loops drop gradients again and again.
+    """
+
+    def __init__(self, maker: Any) -> None:
+        self._maker = maker
+        self._versions: list[int] | None = None
+        self._num_dropped = 0
+        self._is_said = False
+
+    def note(self) -> None:
+        """There was a backward pass."""
+        if self._maker.sharded is None:  # whole ones are put together and dropped meanwhile
+            self._versions = [version_of(p) for p in self._maker.parameters()]
+
+    def forget(self) -> None:
+        """The step has ended."""
+        self._versions, self._num_dropped = None, 0
+
+    @property
+    def are_there(self) -> bool:
+        """Whether parameters have changed since the backward pass."""
+        now = [version_of(p) for p in self._maker.parameters()]
+        return self._versions is not None and self._versions != now
+
+    def warn_if_missed(self, has_dropped: bool) -> bool:
+        """Before a further backward pass: whether an optimizer has stepped with the gradients of
+        the last one as they were, of which this warns once.
+
+        Args:
+            has_dropped: there are no gradients any more.
+        """
+        self._num_dropped += has_dropped
+        is_missed = self.are_there or self._num_dropped >= _MOST_DROPPED
+        if is_missed and not self._is_said:
+            self._is_said = True
+            warn(
+                "An optimizer has stepped, and prec.step() was not called since the last backward "
+                "pass: the gradient was not preconditioned. Call prec.step() after "
+                "loss.backward() and before optimizer.step(), or prec.step_before(optimizer) once."
+            )
+        return is_missed

@@ -121,7 +121,7 @@ def test_the_peers_compute_the_same_factors(
 
 def test_what_the_preset_costs_on_a_convolutional_network(step_time: ModuleType) -> None:
     """A step of a schedule is a mean of the kinds of steps, by how often it has them."""
-    import convolutions
+    import convolutions  # type: ignore[import-not-found]
 
     options = argparse.Namespace(clock="processor")
     plain, *ratios = map(float, convolutions.measure(2, 24, 1, options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -214,6 +215,98 @@ def test_two_calls_of_the_model_in_one_loss_are_refused() -> None:
     loss = F.cross_entropy(model(x), y) + F.cross_entropy(model(-x), y)
     with pytest.raises(ValueError, match="depends on 2 calls of the model"):
         loss.backward()
+
+
+def test_a_step_that_was_forgotten_is_said_once() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    prec = Preconditioner(model, **SCHEDULE)
+    x, y = batch(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert [str(w.message)[:26] for w in said] == ["An optimizer has stepped, "]
+    prec.step_before(optimizer)  # from here on as it is meant
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert prec.maker.state["step"] == 1
+
+
+def test_a_forgotten_step_of_a_fused_optimizer_is_said_after_some() -> None:
+    """Fused kernels leave no trace in the parameters; dropping gradients is what remains."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    Preconditioner(model, **SCHEDULE)
+    x, y = batch(0)
+    with pytest.warns(UserWarning, match="An optimizer has stepped"):
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
+def test_a_step_after_the_optimizers_is_refused(optimizer: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.Tanh(), nn.Linear(5, 3, bias=False))
+    steps = optimizer(model.parameters(), lr=0.1)
+    prec = Preconditioner(model, **SCHEDULE)
+    x, y = batch(0)
+    F.cross_entropy(model(x), y).backward()
+    steps.step()
+    with pytest.raises(RuntimeError, match="Parameters have changed since loss"):
+        prec.step()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["before", "inside"])
+def test_the_closure_of_an_optimizer(inside: bool) -> None:
+    """It makes the gradient after what is hooked in front of ``optimizer.step()``."""
+    model, reference = mlp(), mlp()
+    options: Any = {**SCHEDULE, "fisher_type": "fisher_emp"}
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, reference)]
+    prec, other = (Preconditioner(m, **options) for m in (model, reference))
+    x, y = batch(0)
+
+    def closure() -> Tensor:
+        optimizers[0].zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        if inside:
+            prec.step()
+        return loss
+
+    if not inside:
+        prec.step_before(optimizers[0])
+        optimizers[0].step(closure)
+        with pytest.raises(RuntimeError, match="In the closure"):
+            optimizers[0].step(closure)
+        return
+    other.step_before(optimizers[1])
+    for _ in range(3):
+        optimizers[0].step(closure)
+        optimizers[1].zero_grad()
+        F.cross_entropy(reference(x), y).backward()
+        optimizers[1].step()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_batch_that_is_let_go_of_is_no_forgotten_step() -> None:
+    """Its gradients are dropped before the optimizer steps, once, twice, and now and then."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    prec = Preconditioner(model, **SCHEDULE)
+    prec.step_before(optimizer)
+    x, y = batch(0)
+    for skips in (False, True, True, False, True, False):
+        F.cross_entropy(model(x), y).backward()
+        if not skips:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert prec.maker.state["step"] == 3
 
 
 def test_a_step_that_saw_nothing_is_an_error() -> None:
