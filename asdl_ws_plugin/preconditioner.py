@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .forward_passes import ForwardPasses, first_logits
 from .makers import KfacGradientMaker
-from .step_gradients import Changes, StepGradients, gradients_of
+from .step_gradients import Changes, StepGradients, are_kept, gradients_of
 from .step_statistics import StepStatistics
 from .weight_sharing.blocks import LinearBlock
 from .weight_sharing.capture import Captured
@@ -253,11 +253,11 @@ class Preconditioner:
         _check_backward(len(seen), gradient is not None or inputs is not None or create_graph)
         (forward,) = seen
         captured = self._passes.take(forward, loss, self._select(forward.output))
-        is_dropped = not gradients_of(self.maker)
-        is_missed = captured.loss_scale is None and self._changes.warn_if_missed(
-            is_dropped and self._seen_backward
-        )
-        if is_dropped or is_missed:  # dropped also after a step that a GradScaler skipped
+        is_dropped = self._seen_backward and not are_kept(self.maker)
+        is_missed = captured.loss_scale is None and self._changes.warn_if_missed(is_dropped)
+        if (
+            is_dropped or is_missed or not gradients_of(self.maker)
+        ):  # dropped also after a step that a GradScaler skipped
             self.maker.fisher_maker.micro_batches = None
         self._seen_backward = True
         with self._statistics.timed("curvature"), _giving(self.maker, captured, forward.output):

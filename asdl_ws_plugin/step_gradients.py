@@ -13,7 +13,7 @@ from torch import Tensor
 from .weight_sharing._warn import warn
 from .weight_sharing.torch_private import version_of
 
-__all__ = ["Changes", "StepGradients", "gradients_of"]
+__all__ = ["Changes", "StepGradients", "are_kept", "gradients_of"]
 
 _MOST_DROPPED = 3  # gradients in a row; of a single batch a loop may let go on purpose
 
@@ -21,6 +21,16 @@ _MOST_DROPPED = 3  # gradients in a row; of a single batch a loop may let go on 
 def gradients_of(maker: Any) -> list[Tensor]:
     """Those that there are of a gradient maker's model, in the order of the parameters."""
     return [p.grad for p in maker.parameters() if p.grad is not None]
+
+
+def are_kept(maker: Any) -> bool:
+    """Whether there are gradients that others can be added to: ``zero_grad`` lets go of them, or
+    with ``set_to_none=False`` makes them zero.
+    """
+    grads = gradients_of(maker)
+    if not grads or maker.sharded is not None:
+        return bool(grads)
+    return any(bool(grad.any()) for grad in grads)
 
 
 class StepGradients:

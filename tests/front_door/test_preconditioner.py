@@ -309,6 +309,24 @@ def test_a_batch_that_is_let_go_of_is_no_forgotten_step() -> None:
     assert prec.maker.state["step"] == 3
 
 
+@pytest.mark.parametrize("to_none", [True, False])
+def test_a_backward_pass_whose_gradients_are_dropped_is_no_micro_batch(to_none: bool) -> None:
+    """As that of a generator's loss through a discriminator is none of the discriminator's."""
+    model, reference = mlp(), mlp()
+    options: Any = {**SCHEDULE, "fisher_type": "fisher_emp"}
+    prec, other = (Preconditioner(m, **options) for m in (model, reference))
+    x, y = batch(0)
+    for _ in range(3):
+        F.cross_entropy(3 * model(x + 1), y).backward()
+        model.zero_grad(set_to_none=to_none)
+        reference.zero_grad()
+        prec.backward(F.cross_entropy(model(x), y))
+        other.backward(F.cross_entropy(reference(x), y))
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+        model.zero_grad(set_to_none=to_none)
+
+
 def test_a_step_that_saw_nothing_is_an_error() -> None:
     model = mlp()
     prec = Preconditioner(model, damping=1e-2)
