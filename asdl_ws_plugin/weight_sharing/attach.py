@@ -193,14 +193,28 @@ def _note(module: nn.Module, positions: Positions) -> None:
         elif before is not positions and not before.equals(positions):
             both = joined.get(id(before)) or before.joined(positions)
             if both is None:
-                raise ValueError(
-                    f"The segments of a {type(part).__name__} were given twice in this step, and "
-                    f"are different: {before.roles or before.masks} and "
-                    f"{positions.roles or positions.masks}. Give them once, with a role for each "
-                    "call, as in attach_segments(model, lambda ...: {'node_a': ..., 'node_b': "
-                    "...})."
-                )
+                raise _given_twice(part, before, positions)
             record.positions[part] = joined[id(before)] = both
+
+
+def _given_twice(module: nn.Module, before: Positions, after: Positions) -> ValueError:
+    what, ways = (
+        (
+            "The padding masks",
+            "Attach one; what attach_padding returned takes an earlier one off: remove().",
+        )
+        if before.masks and after.masks
+        else (
+            "The segments",
+            "Give them once, with a role for each call, as in attach_segments(model, lambda ...: "
+            "{'node_a': ..., 'node_b': ...}), or take an earlier one off with remove() of what "
+            "attach_segments returned.",
+        )
+    )
+    return ValueError(
+        f"{what} of a {type(module).__name__} were given twice in this step, and are different: "
+        f"{before.roles or before.masks} and {after.roles or after.masks}. {ways}"
+    )
 
 
 class _Arguments:

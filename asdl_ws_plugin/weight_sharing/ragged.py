@@ -324,6 +324,10 @@ class Mask(Ragged):
         self.num_examples = mask.shape[0]
         self.num_positions = int(mask.sum())
 
+    def __repr__(self) -> str:
+        n, length = self.mask.shape
+        return f"Mask({self.num_positions} of {n} x {length} positions)"
+
     @staticmethod
     def cat(parts: Sequence[Mask]) -> Mask:
         """Masks side by side: positions of one example one after the other."""

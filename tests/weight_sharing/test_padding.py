@@ -346,6 +346,20 @@ def test_a_mask_that_is_the_other_way_round_is_refused(
     assert model.embed.fisher.kron.A is not None
 
 
+def test_two_masks_of_one_name_are_refused_and_the_remedy_works():
+    model, (x, mask) = Encoder(), sentences()
+    maker = make_maker(model, "reduce")
+    maker.setup_model_call(model, x, mask)
+    first = attach_padding(model, lambda x, attention_mask: torch.ones_like(attention_mask))
+    attach_padding(model, "attention_mask")
+    message = r"Mask\(15 of 3 x 5 positions\)} and .*Mask\(10 of 3 x 5 positions\)}.*remove\(\)"
+    with pytest.raises(ValueError, match=message):
+        maker.forward_and_backward()
+    first.remove()
+    maker.forward_and_backward()
+    check(model, lambda n: model(x[n : n + 1, : LENGTHS[n]]), 3, "reduce")
+
+
 def test_an_additive_mask_has_a_way_to_be_turned():
     scores = torch.zeros(3, 1, 1, 4).masked_fill(~real_tokens([4, 1, 3])[:, None, None], -1e9)
     with pytest.raises(TypeError, match=r"mask == 0"), padding(Pooled(), scores):
