@@ -262,7 +262,8 @@ class Preconditioner:
         self._seen_backward = True
         with self._statistics.timed("curvature"), _giving(self.maker, captured, forward.output):
             self._add(captured, forward.joins)
-        self._changes.note()
+        if not self._overflowed:
+            self._changes.note(captured.loss_scale)
 
     def _add(self, captured: Captured, joins: bool) -> None:
         maker = self.maker
@@ -312,6 +313,7 @@ def _check_order(prec: Preconditioner) -> None:
         raise _no_gradient()
     if prec._changes.are_there:
         raise _too_late()
+    prec._changes.warn_if_scaled()
 
 
 def _check_arguments(model: Any, options: dict[str, Any], maker: Any) -> None:

@@ -54,6 +54,10 @@ class StepGradients:
         return left is not None and left() is grad and version_of(grad) == version
 
 
+# Options that go by the length of gradients.
+_OF_SIZES = ("trust", "second_moment", "kl_clip")
+
+
 class Changes:
     """Whether an optimizer has stepped between a backward pass and the preconditioner's step.
 
@@ -65,16 +69,36 @@ class Changes:
         self._maker = maker
         self._versions: list[int] | None = None
         self._num_dropped = 0
-        self._is_said = False
+        self._is_said = self._is_scale_said = False
+        self._scaled: Tensor | None = None
 
-    def note(self) -> None:
-        """There was a backward pass."""
-        if self._maker.sharded is None:  # whole ones are put together and dropped meanwhile
-            self._versions = [version_of(p) for p in self._maker.parameters()]
+    def note(self, loss_scale: Tensor | None) -> None:
+        """There was a backward pass, of a loss that a GradScaler had multiplied with this."""
+        if self._maker.sharded is not None:
+            return  # whole parameters are put together and dropped meanwhile
+        self._versions = [version_of(p) for p in self._maker.parameters()]
+        sees_size = any(getattr(self._maker.config, name, None) for name in _OF_SIZES)
+        if loss_scale is not None and sees_size and bool(loss_scale != 1):
+            self._scaled = self._largest()
 
     def forget(self) -> None:
         """The step has ended."""
-        self._versions, self._num_dropped = None, 0
+        self._versions, self._num_dropped, self._scaled = None, 0, None
+
+    def _largest(self) -> Tensor:
+        return gradients_of(self._maker)[0].detach().abs().max()
+
+    def warn_if_scaled(self) -> None:
+        """Warn once of gradients that are as the scaled loss has made them."""
+        if self._scaled is None or self._is_scale_said or not self._scaled:
+            return
+        if bool(self._largest() == self._scaled):
+            self._is_scale_said = True
+            warn(
+                "The gradients are still multiplied by the scale of the GradScaler, and trust, "
+                "second_moment and kl_clip go by their length. Call scaler.unscale_(optimizer) "
+                "before prec.step(), or prec.step_before(optimizer) once instead of it."
+            )
 
     @property
     def are_there(self) -> bool:

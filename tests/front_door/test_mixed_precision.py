@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import asdl
@@ -96,6 +97,34 @@ def test_a_step_that_overflows_is_skipped_as_the_scaler_expects(fisher_type: str
     train()
     assert not all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("by", ["nothing", "unscale_", "step_before", "a scale of 1", "no trust"])
+def test_gradients_that_are_still_scaled_are_said(by: str) -> None:
+    x, y = batch()
+    model = mlp()
+    options: Any = {"trust": None} if by == "no trust" else {}
+    prec = Preconditioner(model, fisher_type="fisher_emp", **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    amp = scaler(1.0 if by == "a scale of 1" else 2.0**10)
+    if by == "step_before":
+        prec.step_before(optimizer)
+    said = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        amp.scale(F.cross_entropy(model(x), y)).backward()
+        if by == "unscale_":
+            amp.unscale_(optimizer)
+        if by != "step_before":
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                prec.step()
+            said += [str(w.message)[:41] for w in caught]
+        amp.step(optimizer)
+        amp.update()
+    expected = ["The gradients are still multiplied by the"] if by == "nothing" else []
+    assert said == expected
+    assert prec.maker.state["step"] == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
