@@ -77,9 +77,8 @@ class ExactBlock:
         """
         self.contributions += 1
         while len(grads):
-            part, grads = grads.split(
-                [room := min(len(self._buffer) - self._filled, len(grads)), len(grads) - room]
-            )
+            room = min(len(self._buffer) - self._filled, len(grads))
+            part, grads = grads.split([room, len(grads) - room])
             self._buffer[self._filled : self._filled + room] = part
             self._filled += room
             if self._filled == len(self._buffer):

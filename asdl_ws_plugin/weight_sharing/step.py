@@ -35,7 +35,7 @@ class Step:
         vec: see ``fvp``.
     """
 
-    data_size: int = NOT_GIVEN
+    data_size: int = NOT_GIVEN  # |D|
     scale: float = 1.0
     accumulate: bool = False
     calc_loss_grad: bool = False

@@ -67,7 +67,7 @@ class TrainingConfig(PreconditioningConfig):
             (:mod:`~.second_moments`). Damping and trust are of the other layers then.
     """
 
-    damping: Any = 1e-7
+    damping: Any = 1e-7  # λ
     ema_decay: Any = -1
     curvature_upd_interval: Any = None
     preconditioner_upd_interval: Any = 1
@@ -79,7 +79,7 @@ class TrainingConfig(PreconditioningConfig):
     kl_clip: float | None = None
     learning_rate: float | Callable[[int], float] | None = None
     max_side: int | None = None
-    second_moment: float | None = None
+    second_moment: float | None = None  # β₂
 
 
 def recommended(**options: Any) -> TrainingConfig:
