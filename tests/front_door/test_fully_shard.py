@@ -17,8 +17,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.fsdp
-import torch.nn.functional as F
 from oracles.processes import on_ranks
+from oracles.unequal_parts import (
+    C,
+    D,
+    N,
+    batch,
+    distance,
+    grads,
+    mean_loss,
+    part_of,
+    sum_loss,
+    whole,
+)
 from torch import Tensor, nn
 
 import asdl_ws_plugin
@@ -30,7 +41,6 @@ pytestmark = [
         not hasattr(torch.distributed.fsdp, "fully_shard"), reason="PyTorch 2.6 has fully_shard"
     ),
 ]
-N, R, D, C = 7, 6, 4, 3  # unequal parts for any number of ranks
 STEPS = 4
 OWN = {"damping": 1e-2, "ema_decay": 0.3, "curvature_upd_interval": 2}
 
@@ -93,44 +103,6 @@ def shard(model: nn.Module, way: str = "") -> None:
     fully_shard(model, **options)
     if way == "not after backward":
         model.set_reshard_after_backward(False)  # type: ignore[operator]
-
-
-def part_of(rank: int, world: int) -> slice:
-    size = N // world
-    cuts = [0, *(N - size * k for k in range(world - 1, -1, -1))]
-    return slice(cuts[rank], cuts[rank + 1])
-
-
-def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded sequences: other numbers of tokens, and of labelled ones, for each rank."""
-    g = torch.Generator().manual_seed(step)
-    x, y = torch.randn(N, R, D, generator=g), torch.randint(0, C, (N, R), generator=g)
-    mask = torch.arange(R) < torch.tensor([6, 5, 6, 1, 2, 3, 1])[:, None]
-    return x, y.masked_fill(~mask | (torch.arange(R) % 3 == 1), -1), mask
-
-
-def mean_loss(y: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(y.flatten(0, 1), target.flatten(), ignore_index=-1)
-
-
-def sum_loss(y: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(y.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="sum")
-
-
-def whole(tensor: Any) -> Any:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def grads(model: nn.Module) -> list[Any]:
-    return [None if p.grad is None else whole(p.grad).tolist() for p in model.parameters()]
-
-
-def distance(found: list[Any], expected: list[Any]) -> float:
-    """The largest relative difference of two lists of gradients."""
-    return max(
-        float((torch.tensor(a) - torch.tensor(b)).norm() / (1e-12 + torch.tensor(b).norm()))
-        for a, b in zip(found, expected, strict=True)
-    )
 
 
 # ------------------------------------------------------------------------------------------- loops

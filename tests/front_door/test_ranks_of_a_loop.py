@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from oracles.faults import FailingBackward, failing_at
 from oracles.processes import on_ranks
+from oracles.unequal_parts import C, D, R, batch, distance, grads, mean_loss, part_of, sum_loss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from asdl_ws_plugin import Preconditioner, padding
 
 pytestmark = pytest.mark.slow
-N, R, D, C = 7, 6, 4, 3  # unequal parts for any number of ranks
 STEPS = 5
 SCHEDULE = {"curvature_upd_interval": 2, "preconditioner_upd_interval": 4}
 KINDS = ("plain", "ddp", "views", "around", "bare")
@@ -52,28 +52,6 @@ class Outer(nn.Module):
         return self.inner(x)
 
 
-def part_of(rank: int, world: int) -> slice:
-    size = N // world
-    cuts = [0, *(N - size * k for k in range(world - 1, -1, -1))]
-    return slice(cuts[rank], cuts[rank + 1])
-
-
-def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Padded sequences: other numbers of tokens, and of labelled ones, for each rank."""
-    g = torch.Generator().manual_seed(step)
-    x, y = torch.randn(N, R, D, generator=g), torch.randint(0, C, (N, R), generator=g)
-    mask = torch.arange(R) < torch.tensor([6, 5, 6, 1, 2, 3, 1])[:, None]
-    return x, y.masked_fill(~mask | (torch.arange(R) % 3 == 1), -1), mask
-
-
-def mean_loss(y: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(y.flatten(0, 1), target.flatten(), ignore_index=-1)
-
-
-def sum_loss(y: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(y.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="sum")
-
-
 def masked_mean(y: Tensor, target: Tensor) -> Tensor:
     """The mean that users write themselves."""
     mask = target >= 0
@@ -89,18 +67,6 @@ def wrapped(kind: str, model: nn.Module, world: int) -> tuple[Any, Any]:
         return DistributedDataParallel(Outer(model)), model
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=kind == "views")
     return ddp, ddp
-
-
-def grads(model: nn.Module) -> list[Any]:
-    return [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-
-
-def distance(found: list[Any], expected: list[Any]) -> float:
-    """The largest relative difference of two lists of gradients."""
-    return max(
-        float((torch.tensor(a) - torch.tensor(b)).norm() / (1e-12 + torch.tensor(b).norm()))
-        for a, b in zip(found, expected, strict=True)
-    )
 
 
 # ------------------------------------------------------------------------------------------- loops

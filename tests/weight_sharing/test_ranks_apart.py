@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from oracles.faults import FailingBackward, failing_at
 from oracles.processes import on_ranks
+from oracles.unequal_parts import distance, grads
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,18 +51,6 @@ def make_step(
     maker.model.zero_grad()
     maker.setup_loss_call(loss, maker.setup_model_call(model_fn, x), y)
     maker.forward_and_backward()
-
-
-def grads(model: nn.Module) -> list[Any]:
-    return [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
-
-
-def distance(found: list[Any], expected: list[Any]) -> float:
-    """The largest relative difference of two lists of gradients."""
-    return max(
-        float((torch.tensor(a) - torch.tensor(b)).norm() / (1e-12 + torch.tensor(b).norm()))
-        for a, b in zip(found, expected, strict=True)
-    )
 
 
 # ----------------------------------------------------------------------------------------- wrappers
