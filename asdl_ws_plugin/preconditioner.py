@@ -180,6 +180,8 @@ class Preconditioner:
         def hook(*_: Any) -> None:
             if self._has_backward():
                 self.step()
+            elif self.enabled:
+                self._changes.warn_if_unseen(self._done, _not_seen(True, bool(self._passes)))
 
         self._before_steps.append(optimizer.register_step_pre_hook(hook))
         return self._before_steps[-1]

@@ -69,7 +69,7 @@ class Changes:
         self._maker = maker
         self._versions: list[int] | None = None
         self._num_dropped = 0
-        self._is_said = self._is_scale_said = False
+        self._is_said = self._is_scale_said = self._is_unseen_said = False
         self._scaled: Tensor | None = None
 
     def note(self, loss_scale: Tensor | None) -> None:
@@ -123,3 +123,10 @@ class Changes:
                 "loss.backward() and before optimizer.step(), or prec.step_before(optimizer) once."
             )
         return is_missed
+
+    def warn_if_unseen(self, done: StepGradients, why: RuntimeError) -> None:
+        """Warn once that an optimizer steps with gradients that no step has preconditioned."""
+        grads = gradients_of(self._maker)
+        if grads and not done.are(grads) and not self._is_unseen_said:
+            self._is_unseen_said = True
+            warn(f"The gradient is not preconditioned: {why}")

@@ -236,6 +236,38 @@ def test_a_step_that_was_forgotten_is_said_once() -> None:
     assert prec.maker.state["step"] == 1
 
 
+@pytest.mark.parametrize("way", ["eval", "autograd.backward", "parts", "made late"])
+def test_a_step_that_step_before_did_not_see_is_said_once(way: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prec = Preconditioner(model, **SCHEDULE)
+    prec.step_before(optimizer)
+    x, y = batch(0)
+    model.train(way != "eval")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.zero_grad()
+            logits = model[2](model[1](model[0](x))) if way == "parts" else model(x)  # type: ignore[index]
+            loss = F.cross_entropy(logits, y)
+            if way == "autograd.backward":
+                torch.autograd.backward(loss)
+            else:
+                loss.backward()
+            if way == "made late" and prec.maker.state["step"] == 0:
+                prec = Preconditioner(model, **SCHEDULE)
+                prec.step_before(optimizer)
+            optimizer.step()
+            if way == "made late":
+                break
+    assert [str(w.message)[:34] for w in said] == ["The gradient is not preconditioned"]
+    optimizer.zero_grad()
+    model.train()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert prec.maker.state["step"] == 1
+
+
 def test_a_forgotten_step_of_a_fused_optimizer_is_said_after_some() -> None:
     """Fused kernels leave no trace in the parameters; dropping gradients is what remains."""
     model = mlp()
